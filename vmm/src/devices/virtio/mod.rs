@@ -1,0 +1,88 @@
+//! Virtio devices (OASIS virtio 1.2) over the MMIO transport.
+//!
+//! A device is what the guest sees: features, configuration space, virtqueues. It is
+//! driven by the transport, which owns registers and negotiation, and by the event loop,
+//! which calls [`VirtioDevice::process_queue`] when the guest rings a doorbell and
+//! [`VirtioDevice::process_backend`] when a registered backend descriptor is ready.
+//! All of it runs under the device's one lock, on the VMM's event-loop thread, save
+//! register reads and writes, which come from vCPU threads under the same lock.
+//!
+//! Devices know guest memory and [`Interrupt`]; they never see KVM.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
+
+/// Raises a device's interrupt line. Implemented over irqfd; tests use their own.
+pub trait Interrupt: Send + Sync {
+    /// A used ring moved (InterruptStatus bit 0).
+    fn used(&self);
+    /// The configuration space changed (InterruptStatus bit 1); bumps ConfigGeneration.
+    fn config_changed(&self);
+}
+
+/// What a device receives when the driver sets DRIVER_OK.
+#[derive(Clone)]
+pub struct ActiveContext {
+    pub memory: GuestRam,
+    pub interrupt: Arc<dyn Interrupt>,
+    /// Features that the driver accepted.
+    pub features: u64,
+}
+
+/// A backend descriptor that the event loop watches on the device's behalf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watch {
+    pub fd: RawFd,
+    pub readable: bool,
+    pub writable: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver broke the specification. The transport sets DEVICE_NEEDS_RESET,
+    /// raises a configuration interrupt, and ignores the device's queues until reset.
+    #[error("{device}: driver error: {detail}")]
+    Driver { device: &'static str, detail: String },
+    /// The host failed in a way that the device cannot report in-band.
+    #[error("{device}: host error: {detail}: {source}")]
+    Host { device: &'static str, detail: String, source: std::io::Error },
+}
+
+/// One virtio device. Life cycle: created → (activate → process* → reset)*.
+/// Save, restore and quiescence are the loop's: nothing is in flight between calls.
+pub trait VirtioDevice: Send {
+    /// Virtio device id (section 5): 2 block, 4 entropy, 19 socket.
+    fn device_type(&self) -> u32;
+    /// Short name for logs: `blk-ro0`, `vsock`, `rng`.
+    fn name(&self) -> &str;
+    /// Offered features, without VIRTIO_F_VERSION_1, which the transport adds.
+    fn features(&self) -> u64;
+    /// Maximum size of each queue; the length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// Reads configuration space. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes configuration space. Most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// DRIVER_OK. Queues are validated and ready.
+    fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError>;
+    /// The driver wrote 0 to Status; drop queues and guest-visible state.
+    fn reset(&mut self);
+    /// The guest rang queue `index`.
+    fn process_queue(&mut self, index: u16) -> Result<(), DeviceError>;
+    /// Descriptors to watch now. Asked after every call into the device, so it must be cheap.
+    fn watches(&self) -> Vec<Watch> {
+        Vec::new()
+    }
+    /// The watch on `fd` is ready.
+    fn process_backend(&mut self, _fd: RawFd, _readable: bool, _writable: bool) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// A doorbell: the transport's queue-notify register, delivered by ioeventfd.
+pub type Doorbell = EventFd;
