@@ -1,1 +1,86 @@
-fn main() {}
+//! End-to-end cases: `ctr` against real containerds, containers in real microVMs.
+//!
+//! Runs on the ground (`spore-testbed run spore-e2e`, or `make test SUITE=e2e`). Every case
+//! is a function of a [`bed::Subject`], that is, a series of containerd and a runtime, so that
+//! it can be run with runc too, to show that the case itself is right. Arguments are
+//! libtest's (a filter, `--exact`, `--list`, `--test-threads`); the environment chooses the rest:
+//!
+//! * `SPORE_E2E_RUNTIMES`: `spore` (default), `runc`, or both with a comma;
+//! * `SPORE_E2E_SERIES`: series of containerd, default all that the ground has;
+//! * `SPORE_E2E_SOAK`: any value for the long counts of `make soak`.
+
+mod bed;
+mod cases;
+mod host;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Failed, Trial};
+use spore_harness::containerd::{Runtime, series};
+
+use bed::{Bed, Subject};
+use cases::Case;
+
+/// Cases at a time: as many as the ground has CPUs.
+const THREADS: usize = 2;
+/// Of a series older than this only the smoke cases run.
+const FULL_FROM: &str = "1.7";
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(THREADS);
+    match plan() {
+        Ok((bed, trials)) => {
+            let conclusion = libtest_mimic::run(&arguments, trials);
+            // The instances end before the verdict does, so that a ground can stop at once.
+            bed.close();
+            conclusion.exit_code()
+        }
+        Err(error) => {
+            eprintln!("spore-e2e: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn plan() -> Result<(Arc<Bed>, Vec<Trial>)> {
+    let bed = Arc::new(Bed::prepare()?);
+    let runtimes = list("SPORE_E2E_RUNTIMES", "spore").iter().map(|name| name.parse()).collect::<Result<Vec<Runtime>>>()?;
+    let all_series = match std::env::var_os("SPORE_E2E_SERIES") {
+        Some(_) => list("SPORE_E2E_SERIES", ""),
+        None => series()?,
+    };
+    let mut trials = Vec::new();
+    for series in &all_series {
+        for &runtime in &runtimes {
+            let subject = Subject::new(Arc::clone(&bed), series, runtime);
+            let cases = cases::all().into_iter().filter(|case| case.applies(&subject));
+            let cases = cases.filter(|case| case.smoke || series.as_str() >= FULL_FROM);
+            trials.extend(cases.map(|case| trial(case, subject.clone())));
+        }
+    }
+    Ok((bed, trials))
+}
+
+fn trial(case: Case, subject: Subject) -> Trial {
+    let name = format!("{}/{}/{}", subject.series, subject.runtime.name(), case.name);
+    Trial::test(name.clone(), move || {
+        let begin = Instant::now();
+        let result = subject.perform(&case);
+        // The runner tells reasons only at the very end, which a deadline may cut off.
+        let seconds = begin.elapsed().as_secs_f32();
+        match &result {
+            Ok(()) => eprintln!("  {name}: {seconds:.1} s"),
+            Err(error) => eprintln!("  {name}: failed after {seconds:.1} s: {error:#}"),
+        }
+        result.map_err(|error| Failed::from(format!("{error:#}")))
+    })
+}
+
+fn list(variable: &str, default: &str) -> Vec<String> {
+    let value = std::env::var(variable).unwrap_or_else(|_| default.to_owned());
+    value.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect()
+}

@@ -1,4 +1,13 @@
 //! Guest memory: addresses, layout, mappings.
+//!
+//! A [`Gpa`] is an address that the guest sees. Host addresses stay inside `mapping`, which
+//! alone converts between the two.
+
+mod layout;
+mod mapping;
+
+pub use layout::{RamLayout, RamRange};
+pub use mapping::{MapError, RamSlot, map, slots};
 
 /// An address in guest physical memory.
 pub type Gpa = vm_memory::GuestAddress;

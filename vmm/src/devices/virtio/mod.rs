@@ -7,7 +7,18 @@
 //! All of it runs under the device's one lock, on the VMM's event-loop thread, save
 //! register reads and writes, which come from vCPU threads under the same lock.
 //!
-//! Devices know guest memory and [`Interrupt`]; they never see KVM.
+//! Devices know guest memory and [`Interrupt`]; they never see KVM. The transport holds the
+//! lock order: transport (one per device) → device handle ([`blk::BlkHandle`]). An
+//! [`Interrupt`] takes no lock.
+
+pub mod blk;
+pub mod queue;
+pub mod rng;
+pub mod subscriber;
+#[cfg(test)]
+mod testing;
+pub mod transport;
+pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -53,6 +64,28 @@ pub enum DeviceError {
     Host { device: &'static str, detail: String, source: std::io::Error },
 }
 
+/// Queues with work left when a device's budget for one call ran out. The transport rings
+/// their doorbells again, so that other devices get their turn first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Pending(u32);
+
+impl Pending {
+    pub const NONE: Self = Self(0);
+
+    pub fn queue(index: u16) -> Self {
+        Self(1u32.checked_shl(index.into()).unwrap_or(0))
+    }
+
+    pub fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    pub fn contains(self, index: u16) -> bool {
+        self.0 & Self::queue(index).0 != 0
+    }
+}
+
 /// One virtio device. Life cycle: created → (activate → process* → reset)*.
 /// Save, restore and quiescence are the loop's: nothing is in flight between calls.
 pub trait VirtioDevice: Send {
@@ -60,6 +93,9 @@ pub trait VirtioDevice: Send {
     fn device_type(&self) -> u32;
     /// Short name for logs: `blk-ro0`, `vsock`, `rng`.
     fn name(&self) -> &str;
+    /// The interrupt that this device will have, given once when the transport takes the
+    /// device; for configuration changes that may come before activation.
+    fn connect(&mut self, _interrupt: Arc<dyn Interrupt>) {}
     /// Offered features, without VIRTIO_F_VERSION_1, which the transport adds.
     fn features(&self) -> u64;
     /// Maximum size of each queue; the length is the number of queues.
@@ -72,15 +108,21 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError>;
     /// The driver wrote 0 to Status; drop queues and guest-visible state.
     fn reset(&mut self);
-    /// The guest rang queue `index`.
-    fn process_queue(&mut self, index: u16) -> Result<(), DeviceError>;
+    /// The guest rang queue `index`. Does a bounded amount of work.
+    fn process_queue(&mut self, index: u16) -> Result<Pending, DeviceError>;
     /// Descriptors to watch now. Asked after every call into the device, so it must be cheap.
+    /// A descriptor stays open until the device was asked again without naming it.
     fn watches(&self) -> Vec<Watch> {
         Vec::new()
     }
     /// The watch on `fd` is ready.
-    fn process_backend(&mut self, _fd: RawFd, _readable: bool, _writable: bool) -> Result<(), DeviceError> {
-        Ok(())
+    fn process_backend(
+        &mut self,
+        _fd: RawFd,
+        _readable: bool,
+        _writable: bool,
+    ) -> Result<Pending, DeviceError> {
+        Ok(Pending::NONE)
     }
 }
 

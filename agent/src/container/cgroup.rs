@@ -1,0 +1,145 @@
+//! The cgroup of a container, after libcontainer has made it: who is in it, signals to all,
+//! removal. cgroup v2 only, which is what the guest mounts.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::sys;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Killed processes are gone within this time, or one hangs in the kernel.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A container's cgroup and all below it.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// `path` begins with `/` and names a directory below the hierarchy's root.
+    pub fn new(path: &Path) -> Self {
+        Self::below(Path::new(ROOT), path)
+    }
+
+    fn below(root: &Path, path: &Path) -> Self {
+        Self { path: root.join(path.strip_prefix("/").unwrap_or(path)) }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
+    /// The processes in it, as PID 1 numbers them.
+    pub fn pids(&self) -> io::Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        let mut directories = Vec::new();
+        collect(&self.path, &mut directories);
+        for directory in directories {
+            match fs::read_to_string(directory.join("cgroup.procs")) {
+                Ok(text) => pids.extend(text.lines().filter_map(|line| line.trim().parse::<u32>().ok())),
+                Err(error) if gone(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
+    /// Sends a signal to every process in it.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        if signal == libc::SIGKILL {
+            return self.kill();
+        }
+        for pid in self.pids()? {
+            match sys::kill(pid.cast_signed(), signal) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills all of it at once, so that nothing can fork itself out of the way.
+    pub fn kill(&self) -> io::Result<()> {
+        match fs::write(self.path.join("cgroup.kill"), "1") {
+            Err(error) if !gone(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Kills what is left and removes it with all below. Blocking.
+    pub fn remove(&self) -> io::Result<()> {
+        let end = Instant::now() + KILL_DEADLINE;
+        let mut pause = Duration::from_micros(500);
+        loop {
+            self.kill()?;
+            let mut directories = Vec::new();
+            collect(&self.path, &mut directories);
+            let mut result = Ok(());
+            for directory in directories.iter().rev() {
+                result = fs::remove_dir(directory);
+            }
+            match result {
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    if Instant::now() >= end {
+                        return Err(error);
+                    }
+                }
+                Err(error) if !gone(&error) => return Err(error),
+                _ => break,
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+        // Parents stay: another container may be about to make its own below them.
+        Ok(())
+    }
+}
+
+fn gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// `directory` and every directory below it, parents first.
+fn collect(directory: &Path, into: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    into.push(directory.into());
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect(&entry.path(), into);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pids_of_nested_cgroups_are_collected() {
+        let root = tempfile::tempdir().unwrap();
+        let nested = root.path().join("default/web/inner");
+        fs::create_dir_all(&nested).unwrap();
+        fs::write(root.path().join("default/web/cgroup.procs"), "12\n7\n").unwrap();
+        fs::write(nested.join("cgroup.procs"), "9\n").unwrap();
+        let cgroup = Cgroup::below(root.path(), Path::new("/default/web"));
+        assert_eq!(cgroup.pids().unwrap(), [7, 9, 12]);
+        assert!(Cgroup::below(root.path(), Path::new("/absent")).pids().unwrap().is_empty());
+    }
+
+    #[test]
+    fn removal_of_what_is_gone_succeeds() {
+        let root = tempfile::tempdir().unwrap();
+        Cgroup::below(root.path(), Path::new("/default/web")).remove().unwrap();
+    }
+}

@@ -1,0 +1,214 @@
+//! From the OCI spec that the shim sends to the one that libcontainer runs in the guest.
+//!
+//! The guest is a machine of its own: what names things of the host (namespace paths, bind
+//! sources, host hooks) is refused with a message, what merely describes the host's policy
+//! (AppArmor, SELinux, Intel RDT) is dropped, because the guest has none of it.
+
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, RootBuilder, Spec};
+use spore_agent_api::MAX_SPEC;
+
+use super::devices::{self, Rule};
+use crate::error::{AgentError, Result};
+
+/// File systems that a container may mount; each is the guest kernel's own.
+const MOUNT_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];
+
+/// A spec ready for libcontainer, and what the agent itself needs of it.
+#[derive(Debug)]
+pub struct Prepared {
+    pub spec: Spec,
+    /// Path of the container's cgroup below the hierarchy's root, beginning with `/`.
+    pub cgroup: PathBuf,
+    /// A pid namespace of its own: its init takes every process with it.
+    pub own_pid_namespace: bool,
+    /// A network namespace of its own, whose loopback has to be brought up.
+    pub own_network_namespace: bool,
+    pub terminal: bool,
+    /// Rows and columns.
+    pub console_size: Option<(u16, u16)>,
+    /// Owner of the standard streams.
+    pub uid: u32,
+    pub cwd: PathBuf,
+    pub devices: Vec<Rule>,
+}
+
+fn invalid(message: impl Into<String>) -> AgentError {
+    AgentError::InvalidArgument(message.into())
+}
+
+/// Parses, checks and rewrites `config.json` for the container `id` whose root file system
+/// will be mounted at `rootfs`.
+pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
+    if json.len() > MAX_SPEC {
+        let length = json.len();
+        return Err(invalid(format!("config.json: {length} bytes, at most {MAX_SPEC} are allowed")));
+    }
+    let mut spec: Spec =
+        serde_json::from_slice(json).map_err(|error| invalid(format!("config.json: malformed: {error}")))?;
+
+    let process = spec.process_mut().as_mut().ok_or_else(|| invalid("config.json: has no process"))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid("config.json: process.args is empty, nothing could be run"));
+    }
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+    let terminal = process.terminal().unwrap_or(false);
+    let uid = process.user().uid();
+    let cwd = process.cwd().clone();
+    if !cwd.is_absolute() {
+        return Err(invalid(format!("config.json: process.cwd \"{}\" must be absolute", cwd.display())));
+    }
+    let console_size = process
+        .console_size()
+        .and_then(|size| Some((u16::try_from(size.height()).ok()?, u16::try_from(size.width()).ok()?)));
+
+    let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let root = RootBuilder::default().path(rootfs).readonly(readonly).build();
+    spec.set_root(Some(root.map_err(|error| AgentError::internal("config.json: root", error))?));
+    let hooks = guest_hooks(spec.hooks().as_ref())?;
+    spec.set_hooks(hooks);
+    check_mounts(&mut spec)?;
+
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json: has no linux section"))?;
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
+    // Absolute, so that libcgroups never takes it for a systemd unit.
+    linux.set_cgroups_path(Some(cgroup.clone()));
+    let rules =
+        linux.resources().as_ref().and_then(|resources| resources.devices().clone()).unwrap_or_default();
+    let devices = devices::rules(&rules).map_err(|error| invalid(format!("config.json: {error}")))?;
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &namespaces {
+        if let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) {
+            return Err(invalid(format!(
+                "config.json: {:?} namespace \"{}\" is one of the host's, which a guest cannot join; \
+                 the path has to be removed",
+                namespace.typ(),
+                path.display()
+            )));
+        }
+    }
+    let has = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ);
+    if !has(LinuxNamespaceType::Mount) {
+        return Err(invalid("config.json: a mount namespace is required in linux.namespaces"));
+    }
+    let own_pid_namespace = has(LinuxNamespaceType::Pid);
+    let own_network_namespace = has(LinuxNamespaceType::Network);
+    Ok(Prepared {
+        spec,
+        cgroup,
+        own_pid_namespace,
+        own_network_namespace,
+        terminal,
+        console_size,
+        uid,
+        cwd,
+        devices,
+    })
+}
+
+/// Keeps the only kind of hook that runs wholly inside the container.
+#[allow(deprecated)] // prestart is still what Docker's and nerdctl's network set-up uses.
+fn guest_hooks(hooks: Option<&Hooks>) -> Result<Option<Hooks>> {
+    let Some(hooks) = hooks else { return Ok(None) };
+    let host_side = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (name, hooks) in host_side {
+        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            return Err(invalid(format!(
+                "config.json: hooks.{name} runs a program of the host, which a guest does not have; \
+                 the shim has to run it and leave it out"
+            )));
+        }
+    }
+    let start = hooks.start_container().clone().filter(|hooks| !hooks.is_empty());
+    Ok(start.map(|hooks| {
+        let mut kept = Hooks::default();
+        kept.set_start_container(Some(hooks));
+        kept
+    }))
+}
+
+fn check_mounts(spec: &mut Spec) -> Result<()> {
+    let Some(mounts) = spec.mounts_mut() else { return Ok(()) };
+    for mount in mounts {
+        let target = mount.destination().display().to_string();
+        let options = mount.options().clone().unwrap_or_default();
+        let kind = mount.typ().clone().unwrap_or_default();
+        let bind = options.iter().any(|option| option == "bind" || option == "rbind");
+        if bind || kind == "bind" || kind == "rbind" {
+            let source = mount.source().as_deref().unwrap_or(Path::new("")).display();
+            return Err(invalid(format!(
+                "config.json: mount of \"{source}\" at \"{target}\": bind mounts of host paths are not \
+                 supported by this version of Spore; remove the mount"
+            )));
+        }
+        if !MOUNT_TYPES.contains(&kind.as_str()) {
+            return Err(invalid(format!(
+                "config.json: mount at \"{target}\": unknown type \"{kind}\"; allowed are {}",
+                MOUNT_TYPES.join(", ")
+            )));
+        }
+        if mount.source().is_none() {
+            mount.set_source(Some(kind.into()));
+        }
+    }
+    Ok(())
+}
+
+/// The cgroup below the hierarchy's root: the spec's path as it stands (`slice:prefix:name`
+/// becomes one directory of that name: there is no systemd here), or `/spore/ID`.
+fn cgroup_path(id: &str, path: Option<&Path>) -> Result<PathBuf> {
+    let mut cgroup = PathBuf::from("/");
+    for component in path.unwrap_or(Path::new("")).components() {
+        match component {
+            Component::Normal(name) => cgroup.push(name),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => {
+                let path = path.unwrap_or(Path::new("")).display();
+                return Err(invalid(format!(
+                    "config.json: linux.cgroupsPath \"{path}\" must not contain \"..\""
+                )));
+            }
+        }
+    }
+    if cgroup == Path::new("/") {
+        cgroup = Path::new("/spore").join(id);
+    }
+    Ok(cgroup)
+}
+
+/// Adds HOME when the process has none, from the text of the container's own `/etc/passwd`.
+///
+/// Done before libcontainer would do it by the C library, which in a static binary loads name
+/// service modules from the container's image.
+pub fn add_home(spec: &mut Spec, passwd: &str) {
+    let Some(process) = spec.process_mut().as_mut() else { return };
+    let mut environment = process.env().clone().unwrap_or_default();
+    if environment.iter().all(|entry| !entry.starts_with("HOME=")) {
+        let home = home_of(passwd, process.user().uid()).unwrap_or_else(|| "/".into());
+        environment.push(format!("HOME={home}"));
+        process.set_env(Some(environment));
+    }
+}
+
+fn home_of(passwd: &str, uid: u32) -> Option<String> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let id = fields.nth(2)?.parse::<u32>().ok()?;
+        let home = fields.nth(2)?;
+        (id == uid && !home.is_empty()).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+#[path = "spec_tests.rs"]
+mod tests;

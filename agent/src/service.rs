@@ -1,0 +1,273 @@
+//! The ttrpc services: decode, delegate, encode. Sole mapping of [`AgentError`] to status
+//! codes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use protobuf::EnumOrUnknown;
+use spore_agent_api::API_VERSION;
+use spore_agent_api::v1::container as pb;
+use spore_agent_api::v1::container_ttrpc::{self, create_container};
+use spore_agent_api::v1::sandbox as sb;
+use spore_agent_api::v1::sandbox_ttrpc::{self, create_sandbox};
+use tokio::sync::Notify;
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::r#async::transport::Listener;
+use ttrpc::{Code, get_status};
+
+use crate::container::registry::{CreateContainer, Registry, Status};
+use crate::error::AgentError;
+use crate::say;
+use crate::stdio::make::Wanted;
+use crate::vsock::{VsockListener, VsockStream};
+
+/// Between the answer to Shutdown and the power-off, for the answer to leave the guest: vsock
+/// has no way to ask whether it has.
+const ANSWER_GRACE: Duration = Duration::from_millis(50);
+const MIN_ENTROPY: usize = 32;
+const MAX_ENTROPY: usize = 4096;
+
+/// When the agent began and when it was ready, CLOCK_MONOTONIC nanoseconds.
+pub struct Clock {
+    pub started_ns: u64,
+    pub ready_ns: AtomicU64,
+}
+
+/// The running services.
+pub struct Service {
+    server: ttrpc::r#async::Server,
+    ended: Arc<Notify>,
+}
+
+impl Service {
+    /// Returns once a Shutdown request has been served and answered.
+    pub async fn shut_down(&self) {
+        self.ended.notified().await;
+        tokio::time::sleep(ANSWER_GRACE).await;
+        let _ = &self.server;
+    }
+}
+
+/// Serves both services on `listener`.
+pub async fn serve(
+    listener: VsockListener,
+    registry: Arc<Registry>,
+    clock: Arc<Clock>,
+) -> io::Result<Service> {
+    let ended = Arc::new(Notify::new());
+    let sandbox = Arc::new(Sandbox { registry: Arc::clone(&registry), clock, ended: Arc::clone(&ended) });
+    let connections = futures::stream::unfold(listener, |listener| async move {
+        let accepted = listener.accept().await.and_then(VsockStream::new);
+        Some((accepted, listener))
+    });
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(Listener::new(connections))
+        .register_service(create_sandbox(sandbox))
+        .register_service(create_container(Arc::new(Containers { registry })));
+    server.start().await.map_err(io::Error::other)?;
+    Ok(Service { server, ended })
+}
+
+fn status(error: AgentError) -> ttrpc::Error {
+    let code = match &error {
+        AgentError::NotFound(_) => Code::NOT_FOUND,
+        AgentError::AlreadyExists(_) => Code::ALREADY_EXISTS,
+        AgentError::InvalidArgument(_) => Code::INVALID_ARGUMENT,
+        AgentError::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
+        AgentError::Unimplemented(_) => Code::UNIMPLEMENTED,
+        AgentError::Internal(_) => Code::INTERNAL,
+    };
+    ttrpc::Error::RpcStatus(get_status(code, error))
+}
+
+fn internal(what: &str, error: impl std::fmt::Display) -> ttrpc::Error {
+    status(AgentError::internal(what, error))
+}
+
+/// Runs work to its end even if its client goes away.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, AgentError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => result.map_err(status),
+        Err(error) => Err(internal("task", error)),
+    }
+}
+
+struct Containers {
+    registry: Arc<Registry>,
+}
+
+#[async_trait]
+impl container_ttrpc::Container for Containers {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: pb::CreateRequest,
+    ) -> ttrpc::Result<pb::CreateResponse> {
+        let registry = Arc::clone(&self.registry);
+        let (rootfs, stdio) = (request.rootfs.unwrap_or_default(), request.stdio.unwrap_or_default());
+        let request = CreateContainer {
+            id: request.id,
+            spec: request.spec,
+            lower: rootfs.lower,
+            writable: rootfs.writable,
+            streams: Wanted { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
+            terminal: stdio.terminal,
+        };
+        if request.terminal && request.streams.stderr {
+            let message = "stdio: a terminal has no stderr of its own".into();
+            return Err(status(AgentError::InvalidArgument(message)));
+        }
+        let pid = detached(async move { registry.create(request).await }).await?;
+        Ok(pb::CreateResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: pb::StartRequest) -> ttrpc::Result<pb::StartResponse> {
+        let registry = Arc::clone(&self.registry);
+        let pid = detached(async move { registry.start(&request.id, &request.exec_id).await }).await?;
+        Ok(pb::StartResponse { pid, ..Default::default() })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: pb::StateRequest) -> ttrpc::Result<pb::StateResponse> {
+        let state = self.registry.state(&request.id, &request.exec_id).map_err(status)?;
+        let status = match state.status {
+            Status::Created => pb::Status::CREATED,
+            Status::Running => pb::Status::RUNNING,
+            Status::Stopped => pb::Status::STOPPED,
+        };
+        Ok(pb::StateResponse {
+            status: EnumOrUnknown::new(status),
+            pid: state.pid,
+            exit_status: state.exit.map_or(0, |exit| exit.status),
+            exited_at_ns: state.exit.map_or(0, |exit| exit.at_ns),
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: pb::WaitRequest) -> ttrpc::Result<pb::WaitResponse> {
+        let exit = self.registry.wait(&request.id, &request.exec_id).await.map_err(status)?;
+        Ok(pb::WaitResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, ..Default::default() })
+    }
+
+    async fn signal(
+        &self,
+        _: &TtrpcContext,
+        request: pb::SignalRequest,
+    ) -> ttrpc::Result<pb::SignalResponse> {
+        let sent = self.registry.signal(&request.id, &request.exec_id, request.signal, request.all);
+        sent.map_err(status)?;
+        Ok(pb::SignalResponse::default())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: pb::DeleteRequest,
+    ) -> ttrpc::Result<pb::DeleteResponse> {
+        let registry = Arc::clone(&self.registry);
+        let exit = detached(async move { registry.delete(&request.id, &request.exec_id).await }).await?;
+        Ok(pb::DeleteResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, ..Default::default() })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: pb::PidsRequest) -> ttrpc::Result<pb::PidsResponse> {
+        let pids = self.registry.pids(&request.id).map_err(status)?;
+        Ok(pb::PidsResponse { pids, ..Default::default() })
+    }
+}
+
+struct Sandbox {
+    registry: Arc<Registry>,
+    clock: Arc<Clock>,
+    ended: Arc<Notify>,
+}
+
+#[async_trait]
+impl sandbox_ttrpc::Sandbox for Sandbox {
+    async fn setup(&self, _: &TtrpcContext, request: sb::SetupRequest) -> ttrpc::Result<sb::SetupResponse> {
+        let hostname = if request.hostname.is_empty() { "spore" } else { &request.hostname };
+        let length = request.entropy.len();
+        if length != 0 && !(MIN_ENTROPY..=MAX_ENTROPY).contains(&length) {
+            return Err(status(AgentError::InvalidArgument(format!(
+                "entropy: {length} bytes, {MIN_ENTROPY} to {MAX_ENTROPY} are allowed"
+            ))));
+        }
+        nix::unistd::sethostname(hostname).map_err(|error| match error {
+            nix::errno::Errno::EINVAL => status(AgentError::InvalidArgument(format!(
+                "hostname \"{}\": at most 64 bytes are allowed",
+                hostname.escape_default()
+            ))),
+            error => internal("set hostname", error.desc()),
+        })?;
+        if let Ok(since_epoch @ 1..) = u64::try_from(request.wall_clock_ns) {
+            let time = nix::sys::time::TimeSpec::from_duration(Duration::from_nanos(since_epoch));
+            nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, time)
+                .map_err(|error| internal("set the clock", error.desc()))?;
+        }
+        if length != 0 {
+            use std::os::fd::AsFd;
+            let random = std::fs::File::options().write(true).open("/dev/random");
+            random
+                .and_then(|random| crate::sys::add_entropy(random.as_fd(), &request.entropy))
+                .map_err(|error| internal("add entropy", error))?;
+        }
+        Ok(sb::SetupResponse::default())
+    }
+
+    async fn info(&self, _: &TtrpcContext, _: sb::InfoRequest) -> ttrpc::Result<sb::InfoResponse> {
+        let kernel = nix::sys::utsname::uname().map_err(|error| internal("uname", error.desc()))?;
+        let memory =
+            std::fs::read_to_string("/proc/meminfo").map_err(|error| internal("/proc/meminfo", error))?;
+        Ok(sb::InfoResponse {
+            api_version: API_VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: kernel.release().to_string_lossy().into_owned(),
+            started_ns: self.clock.started_ns,
+            ready_ns: self.clock.ready_ns.load(Ordering::Relaxed),
+            memory_total: memory_bytes(&memory, "MemTotal:"),
+            memory_available: memory_bytes(&memory, "MemAvailable:"),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        request: sb::ShutdownRequest,
+    ) -> ttrpc::Result<sb::ShutdownResponse> {
+        let (registry, ended) = (Arc::clone(&self.registry), Arc::clone(&self.ended));
+        let grace = Duration::from_millis(request.grace_ms.into());
+        detached(async move {
+            registry.shut_down(grace).await;
+            ended.notify_one();
+            Ok(())
+        })
+        .await?;
+        Ok(sb::ShutdownResponse::default())
+    }
+}
+
+/// A line of /proc/meminfo, which counts in KiB.
+fn memory_bytes(meminfo: &str, name: &str) -> u64 {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    if kib.is_none() {
+        say!("/proc/meminfo has no {name}");
+    }
+    kib.unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_in_bytes() {
+        let meminfo = "MemTotal:         123 kB\nMemAvailable:       7 kB\n";
+        assert_eq!(memory_bytes(meminfo, "MemAvailable:"), 7 * 1024);
+        assert_eq!(memory_bytes(meminfo, "MemTotal:"), 123 * 1024);
+    }
+}

@@ -1,0 +1,159 @@
+//! The table of streams: who may attach to what, and what happens when either side ends.
+//!
+//! Owned by the server's one thread; the locks are held for look-ups only, never across an
+//! await. Lock order: table, then slot.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use spore_agent_api::stream::{
+    Hello, Kind, REFUSED_ALREADY_ATTACHED, REFUSED_NO_SUCH_PROCESS, REFUSED_NO_SUCH_STREAM,
+};
+use tokio::io::Interest;
+
+use super::pump::{self, Stopped, Unsent, Watched};
+
+/// The agent's end of one stream.
+#[derive(Debug)]
+pub enum End {
+    /// Write end of the process's stdin.
+    Input(Watched),
+    /// Read end of the process's stdout or stderr.
+    Output(Watched, Unsent),
+    /// Master of the process's terminal.
+    Terminal(Watched, Unsent),
+}
+
+#[derive(Debug)]
+enum Slot {
+    Waiting(End),
+    Attached,
+    Ended,
+}
+
+type SharedSlot = Arc<Mutex<Slot>>;
+
+/// The streams of one process, by [`Kind`]; a terminal stands in the place of stdin.
+#[derive(Debug, Default)]
+pub struct ProcessStreams {
+    slots: [Option<SharedSlot>; 3],
+}
+
+impl ProcessStreams {
+    /// Adds the agent's end of a stream.
+    pub fn add(&mut self, kind: Kind, end: End) {
+        self.slots[kind as usize] = Some(Arc::new(Mutex::new(Slot::Waiting(end))));
+    }
+}
+
+/// A stream taken by one connection.
+#[derive(Debug)]
+pub struct Attachment {
+    end: End,
+    slot: SharedSlot,
+}
+
+/// All streams of the guest.
+#[derive(Debug, Default)]
+pub struct Streams {
+    processes: Mutex<HashMap<(String, String), ProcessStreams>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Streams {
+    /// Publishes a process's streams.
+    pub fn insert(&self, id: &str, exec_id: &str, streams: ProcessStreams) {
+        lock(&self.processes).insert((id.into(), exec_id.into()), streams);
+    }
+
+    /// Forgets a process's streams. Attached ones run to their end; the others are closed.
+    pub fn remove(&self, id: &str, exec_id: &str) {
+        lock(&self.processes).remove(&(id.into(), exec_id.into()));
+    }
+
+    /// Takes the stream that a hello names, or answers the refusal's code.
+    pub fn attach(&self, hello: &Hello) -> Result<Attachment, u8> {
+        let processes = lock(&self.processes);
+        let key = (hello.id.clone(), hello.exec_id.clone());
+        let process = processes.get(&key).ok_or(REFUSED_NO_SUCH_PROCESS)?;
+        let slot = process.slots[hello.kind as usize].as_ref().ok_or(REFUSED_NO_SUCH_STREAM)?;
+        let mut state = lock(slot);
+        match std::mem::replace(&mut *state, Slot::Attached) {
+            Slot::Waiting(end) => Ok(Attachment { end, slot: Arc::clone(slot) }),
+            Slot::Attached => Err(REFUSED_ALREADY_ATTACHED),
+            Slot::Ended => {
+                *state = Slot::Ended;
+                Err(REFUSED_NO_SUCH_STREAM)
+            }
+        }
+    }
+}
+
+impl Attachment {
+    /// Serves the connection until it or the stream ends.
+    pub async fn run(self, connection: Watched) {
+        let rest = match self.end {
+            End::Input(pipe) => input(pipe, &connection).await,
+            End::Output(pipe, unsent) => output(pipe, unsent, &connection).await,
+            End::Terminal(master, unsent) => terminal(master, unsent, &connection).await,
+        };
+        *lock(&self.slot) = rest.map_or(Slot::Ended, Slot::Waiting);
+    }
+}
+
+/// Each of these gives back its end when the connection broke before the stream ended.
+async fn input(pipe: Watched, connection: &Watched) -> Option<End> {
+    let mut unsent = Unsent::default();
+    let stopped = tokio::select! {
+        stopped = pump::copy(connection, &pipe, &mut unsent) => stopped,
+        // Every reader has closed the pipe: nobody waits for input any more, and the shim
+        // should not either.
+        _ = pipe.ready(Interest::ERROR) => return None,
+    };
+    match stopped {
+        // Dropping the pipe is the process's end of file.
+        Stopped::SourceEnded | Stopped::DestinationFailed(_) => None,
+        Stopped::SourceFailed(_) => Some(End::Input(pipe)),
+    }
+}
+
+async fn output(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
+    match pump::copy(&pipe, connection, &mut unsent).await {
+        Stopped::SourceEnded | Stopped::SourceFailed(_) => {
+            pump::finish(connection);
+            None
+        }
+        Stopped::DestinationFailed(_) => Some(End::Output(pipe, unsent)),
+    }
+}
+
+async fn terminal(master: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
+    let stopped = {
+        let typed = async {
+            let mut typed = Unsent::default();
+            // The end of the input is not the end of the session: the output goes on.
+            pump::copy(connection, &master, &mut typed).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            stopped = pump::copy(&master, connection, &mut unsent) => stopped,
+            () = typed => return None,
+        }
+    };
+    match stopped {
+        Stopped::SourceEnded | Stopped::SourceFailed(_) => {
+            pump::finish(connection);
+            None
+        }
+        Stopped::DestinationFailed(_) => Some(End::Terminal(master, unsent)),
+    }
+}
+
+/// A connected, non-blocking socket for [`Attachment::run`].
+pub fn connection(fd: OwnedFd) -> std::io::Result<Watched> {
+    pump::watch(fd)
+}

@@ -1,0 +1,139 @@
+#![allow(unsafe_code)] // System calls that nix lacks or wraps too tightly (real-time signals).
+
+//! The few system calls that need `unsafe`, each behind a safe function.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::libc;
+use tokio::io::unix::AsyncFd;
+
+/// How a child ended, as a shell counts it: the exit code, or 128 + the signal's number.
+pub type ExitStatus = u32;
+
+/// Reaps one ended child if there is one. nix's `waitpid` fails on a child that a
+/// real-time signal killed, after having reaped it; this one does not.
+pub fn reap_one() -> Option<(i32, ExitStatus)> {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call.
+        let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+        match pid {
+            0 => return None,
+            -1 if Errno::last() == Errno::EINTR => {}
+            -1 => return None,
+            pid => return Some((pid, exit_status(status))),
+        }
+    }
+}
+
+/// Decodes a wait status.
+pub fn exit_status(status: i32) -> ExitStatus {
+    let code =
+        if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) };
+    code.unsigned_abs()
+}
+
+/// Sends any signal, real-time ones included.
+pub fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+    // SAFETY: no memory is involved.
+    Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Gives every signal its default disposition and unblocks all. For a process about to
+/// execve: the Rust runtime ignores SIGPIPE, and an ignored signal survives execve.
+pub fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is a valid disposition; signals that cannot be set give EINVAL.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: a zeroed sigset_t is initialised by sigemptyset before use.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+}
+
+/// IFF_UP in the width of ifr_flags.
+const UP: libc::c_short = 1;
+
+/// Brings the loopback interface of the calling thread's network namespace up.
+pub fn loopback_up() -> io::Result<()> {
+    // SAFETY: no memory is involved; the descriptor is owned from here on.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    // SAFETY: ifreq is plain data; all zeroes is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    // SAFETY: `request` is an ifreq, as both calls expect, and outlives them; the flags
+    // member is the one that SIOCGIFFLAGS fills.
+    unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        request.ifr_ifru.ifru_flags |= UP;
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Feeds the kernel's entropy pool, credited in full, and reseeds at once.
+pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    // struct rand_pool_info: entropy_count (bits), buf_size (bytes), buf[].
+    for chunk in bytes.chunks(256) {
+        let length = i32::try_from(chunk.len()).map_err(io::Error::other)?;
+        let mut info = Vec::with_capacity(8 + chunk.len());
+        info.extend_from_slice(&(length * 8).to_ne_bytes());
+        info.extend_from_slice(&length.to_ne_bytes());
+        info.extend_from_slice(chunk);
+        // SAFETY: `info` is a rand_pool_info whose buf_size matches the bytes behind it.
+        if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, info.as_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: takes no argument. Kernels that lack it reseed by themselves a little later.
+    unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _) };
+    Ok(())
+}
+
+/// Sets a terminal's size through either end.
+pub fn set_window_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` is the winsize that TIOCSWINSZ reads.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Opens the other end of a pseudo-terminal from its master, wherever it is mounted.
+pub fn terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes open flags by value and returns a new descriptor, owned here.
+    unsafe {
+        let fd = libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Lets tokio watch a non-blocking descriptor.
+pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is valid and stays the same open descriptor until it is dropped.
+    unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}

@@ -1,0 +1,130 @@
+//! vsock sockets on tokio.
+//!
+//! Only the host (CID 2) is served: where a kernel has the loopback transport, a container's
+//! process could otherwise reach the agent. The kernel parameter
+//! `spore.allow_loopback=1`, which only the host can set, admits CID 1 for tests that
+//! boot a guest without a vsock device.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, VsockAddr, accept4, bind, connect, getpeername,
+    getsockopt, listen, socket, sockopt,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
+const BACKLOG: i32 = 128;
+
+/// Listens on a port of the guest.
+pub struct VsockListener {
+    socket: AsyncFd<OwnedFd>,
+    loopback: bool,
+}
+
+impl VsockListener {
+    pub fn bind(port: u32, loopback: bool) -> io::Result<Self> {
+        let fd = socket(AddressFamily::Vsock, SockType::Stream, FLAGS, None)?;
+        bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
+        listen(&fd, Backlog::new(BACKLOG)?)?;
+        Ok(Self { socket: crate::sys::watch(fd)?, loopback })
+    }
+
+    /// The next connection of an admitted peer, non-blocking.
+    pub async fn accept(&self) -> io::Result<OwnedFd> {
+        loop {
+            let mut guard = self.socket.readable().await?;
+            let accepted = guard.try_io(|socket| accept4(socket.as_raw_fd(), FLAGS).map_err(io::Error::from));
+            match accepted {
+                Ok(Ok(fd)) => {
+                    let fd = own(fd);
+                    let peer: VsockAddr = getpeername(fd.as_raw_fd())?;
+                    let local = peer.cid() == libc::VMADDR_CID_LOCAL;
+                    if peer.cid() == libc::VMADDR_CID_HOST || (local && self.loopback) {
+                        return Ok(fd);
+                    }
+                    crate::say!("vsock: refused a connection from CID {}", peer.cid());
+                }
+                Ok(Err(error)) if error.raw_os_error() == Some(Errno::ECONNABORTED as i32) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+#[allow(unsafe_code)] // nix's accept4 gives a raw descriptor.
+fn own(fd: i32) -> OwnedFd {
+    // SAFETY: accept4 has just returned it; nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Connects to a port of the host.
+pub async fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
+    let fd = socket(AddressFamily::Vsock, SockType::Stream, FLAGS, None)?;
+    let address = VsockAddr::new(libc::VMADDR_CID_HOST, port);
+    debug_assert_eq!(address.family(), Some(AddressFamily::Vsock));
+    let fd = crate::sys::watch(fd)?;
+    match connect(fd.as_raw_fd(), &address) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS) => {
+            let _ready = fd.writable().await?;
+            match getsockopt(fd.get_ref(), sockopt::SocketError)? {
+                0 => {}
+                error => return Err(io::Error::from_raw_os_error(error)),
+            }
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(fd.into_inner())
+}
+
+/// A connected, non-blocking stream socket as tokio's traits want it (for ttrpc).
+pub struct VsockStream(AsyncFd<OwnedFd>);
+
+impl VsockStream {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self(crate::sys::watch(fd)?))
+    }
+}
+
+impl AsyncRead for VsockStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            let free = buf.initialize_unfilled();
+            match guard.try_io(|fd| nix::unistd::read(fd.get_ref(), free).map_err(io::Error::from)) {
+                Ok(result) => return Poll::Ready(result.map(|count| buf.advance(count))),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for VsockStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            match guard.try_io(|fd| nix::unistd::write(fd.get_ref(), buf).map_err(io::Error::from)) {
+                Ok(result) => return Poll::Ready(result),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(match nix::sys::socket::shutdown(self.0.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
+            Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+            Err(error) => Err(error.into()),
+        })
+    }
+}

@@ -1,0 +1,273 @@
+//! The OCI bundle: reads and checks `config.json`, takes from it what the host side
+//! needs, and makes the copy that the guest gets (without host paths and hooks).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use serde_json::Value;
+
+use crate::config::{Limits, cpuset_count};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BundleError {
+    #[error("OCI spec {path}: cannot be read: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("OCI spec {path}: {size} bytes, at most {max} are allowed")]
+    TooLarge { path: PathBuf, size: usize, max: usize },
+    #[error("OCI spec {path}: malformed: {detail}")]
+    Malformed { path: PathBuf, detail: String },
+    #[error("OCI spec {path}: {what}; {mend}")]
+    Invalid { path: PathBuf, what: String, mend: &'static str },
+    #[error("OCI spec {path}: {what} is not supported by this version of Spore; {mend}")]
+    Unsupported { path: PathBuf, what: String, mend: &'static str },
+}
+
+/// Where the task's holder process lives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NetworkNamespace {
+    New,
+    Path(PathBuf),
+}
+
+/// A checked bundle.
+#[derive(Debug)]
+pub(crate) struct Bundle {
+    pub(crate) path: PathBuf,
+    /// What the guest gets.
+    pub(crate) guest_spec: Vec<u8>,
+    pub(crate) annotations: HashMap<String, String>,
+    pub(crate) limits: Limits,
+    pub(crate) network: NetworkNamespace,
+    /// `root.path`, made absolute.
+    pub(crate) root: PathBuf,
+    pub(crate) hostname: String,
+}
+
+/// File systems that the guest's own kernel provides.
+const GUEST_MOUNTS: [&str; 8] =
+    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"];
+
+impl Bundle {
+    pub(crate) fn load(path: &Path) -> Result<Self, BundleError> {
+        let file = path.join("config.json");
+        let bytes =
+            std::fs::read(&file).map_err(|source| BundleError::Read { path: file.clone(), source })?;
+        Self::parse(path, &bytes)
+    }
+
+    fn parse(bundle: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
+        let path = bundle.join("config.json");
+        let max = spore_agent_api::MAX_SPEC;
+        if bytes.len() > max {
+            return Err(BundleError::TooLarge { path, size: bytes.len(), max });
+        }
+        let malformed = |error: serde_json::Error| BundleError::Malformed {
+            path: path.clone(),
+            detail: error.to_string(),
+        };
+        let spec: Spec = serde_json::from_slice(bytes).map_err(malformed)?;
+        check_process(&path, &spec)?;
+        // Before the mounts: `ctr --net-host` adds some that are refused as well.
+        let network = network(&path, &spec)?;
+        check_mounts(&path, &spec)?;
+        check_hooks(&path, &spec)?;
+        let root =
+            spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
+        let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
+        make_guests_own(&mut value);
+        Ok(Self {
+            path: bundle.into(),
+            guest_spec: serde_json::to_vec(&value).map_err(malformed)?,
+            annotations: spec.annotations().clone().unwrap_or_default(),
+            limits: limits(&spec),
+            network,
+            root,
+            hostname: spec.hostname().clone().unwrap_or_default(),
+        })
+    }
+}
+
+fn check_process(path: &Path, spec: &Spec) -> Result<(), BundleError> {
+    let invalid = |what: &str, mend| BundleError::Invalid { path: path.into(), what: what.to_string(), mend };
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| invalid("there is no \"process\"", "name the command to run in process.args"))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid("process.args is empty", "name the command to run"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(invalid("process.cwd is not an absolute path", "use \"/\" or another absolute path"));
+    }
+    Ok(())
+}
+
+fn check_mounts(path: &Path, spec: &Spec) -> Result<(), BundleError> {
+    for mount in spec.mounts().iter().flatten() {
+        let destination = mount.destination().display();
+        let kind = mount.typ().as_deref().unwrap_or("");
+        let bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
+        if bind || kind == "bind" {
+            return Err(BundleError::Unsupported {
+                path: path.into(),
+                what: format!("the bind mount on {destination}"),
+                mend: "run the container without volumes",
+            });
+        }
+        if !GUEST_MOUNTS.contains(&kind) {
+            return Err(BundleError::Invalid {
+                path: path.into(),
+                what: format!("mount on {destination}: unknown type {kind:?}"),
+                mend: "allowed are proc, sysfs, tmpfs, devpts, mqueue, cgroup, cgroup2 and devtmpfs",
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A host hook that is silently left out would be worse than a refusal.
+fn check_hooks(path: &Path, spec: &Spec) -> Result<(), BundleError> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    #[allow(deprecated)] // `prestart` is deprecated in the specification, not gone.
+    let all = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    match all.into_iter().find(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty())) {
+        None => Ok(()),
+        Some((name, _)) => Err(BundleError::Unsupported {
+            path: path.into(),
+            what: format!("the hook {name}"),
+            mend: "run the container without hooks",
+        }),
+    }
+}
+
+fn network(path: &Path, spec: &Spec) -> Result<NetworkNamespace, BundleError> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+    for namespace in &namespaces {
+        if namespace.typ() != LinuxNamespaceType::Network && namespace.path().is_some() {
+            return Err(BundleError::Unsupported {
+                path: path.into(),
+                what: format!("joining the {} namespace of another container", namespace.typ()),
+                mend: "give the container its own",
+            });
+        }
+    }
+    match namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network) {
+        Some(namespace) => Ok(namespace.path().clone().map_or(NetworkNamespace::New, NetworkNamespace::Path)),
+        None => Err(BundleError::Invalid {
+            path: path.into(),
+            what: "there is no network namespace (host networking), and a virtual machine cannot share the host's"
+                .into(),
+            mend: "run the container without --net-host / --network=host",
+        }),
+    }
+}
+
+fn limits(spec: &Spec) -> Limits {
+    let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) else {
+        return Limits::default();
+    };
+    let positive =
+        |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
+    let cpu = resources.cpu().as_ref();
+    Limits {
+        quota: cpu
+            .and_then(|cpu| positive(cpu.quota()).map(|quota| (quota, cpu.period().unwrap_or(100_000)))),
+        cpus: cpu.and_then(|cpu| cpu.cpus().as_deref().and_then(cpuset_count)),
+        memory: resources.memory().as_ref().and_then(|memory| positive(memory.limit())),
+    }
+}
+
+/// Takes out what means something on the host only: the path of the network namespace
+/// (the holder has joined it) and the root's path (the disks replace it).
+fn make_guests_own(spec: &mut Value) {
+    let Some(object) = spec.as_object_mut() else { return };
+    object.remove("hooks");
+    if let Some(root) = object.get_mut("root").and_then(Value::as_object_mut) {
+        root.insert("path".into(), "rootfs".into());
+    }
+    let namespaces = object.get_mut("linux").and_then(|linux| linux.get_mut("namespaces"));
+    for namespace in namespaces.and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec() -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "hostname": "web",
+            "process": { "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+            "root": { "path": "/some/rootfs" },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "annotations": { "io.spore.vcpus": "2" },
+            "unknownToUs": { "kept": true },
+            "linux": {
+                "resources": { "cpu": { "quota": 50000, "period": 100000, "cpus": "0-1" }, "memory": { "limit": 1048576 } },
+                "namespaces": [{ "type": "pid" }, { "type": "network", "path": "/var/run/netns/x" }]
+            }
+        })
+    }
+
+    fn parse(spec: &Value) -> Result<Bundle, BundleError> {
+        Bundle::parse(Path::new("/b"), &serde_json::to_vec(spec).unwrap())
+    }
+
+    #[test]
+    fn the_host_side_takes_what_it_needs_and_the_guest_gets_no_host_paths() {
+        let bundle = parse(&spec()).unwrap();
+        assert_eq!(bundle.network, NetworkNamespace::Path("/var/run/netns/x".into()));
+        assert_eq!(bundle.root, Path::new("/some/rootfs"));
+        assert_eq!(bundle.limits.quota, Some((50_000, 100_000)));
+        assert_eq!((bundle.limits.cpus, bundle.limits.memory), (Some(2), Some(1_048_576)));
+        assert_eq!(bundle.annotations["io.spore.vcpus"], "2");
+        let guest: Value = serde_json::from_slice(&bundle.guest_spec).unwrap();
+        assert_eq!(guest["linux"]["namespaces"][1], json!({ "type": "network" }));
+        assert_eq!(guest["unknownToUs"]["kept"], true);
+        assert_eq!(guest["root"]["path"], "rootfs");
+    }
+
+    #[test]
+    fn a_relative_root_is_the_bundles() {
+        let mut spec = spec();
+        spec["root"]["path"] = "rootfs".into();
+        assert_eq!(parse(&spec).unwrap().root, Path::new("/b/rootfs"));
+    }
+
+    #[test]
+    fn bad_specs_are_refused_with_the_reason() {
+        let edit = |edit: &dyn Fn(&mut Value)| {
+            let mut spec = spec();
+            edit(&mut spec);
+            parse(&spec).unwrap_err().to_string()
+        };
+        for (message, needle) in [
+            (edit(&|s| drop(s.as_object_mut().unwrap().remove("process"))), "there is no \"process\""),
+            (edit(&|s| s["process"]["args"] = json!([])), "process.args is empty"),
+            (edit(&|s| s["process"]["args"] = json!("sh")), "malformed"),
+            (edit(&|s| s["mounts"][0]["type"] = "9p".into()), "unknown type \"9p\""),
+            (edit(&|s| s["mounts"][0]["options"] = json!(["rbind"])), "bind mount on /proc"),
+            (edit(&|s| s["linux"]["namespaces"] = json!([{ "type": "pid" }])), "host networking"),
+            (edit(&|s| s["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()), "pid namespace"),
+            (edit(&|s| s["hooks"] = json!({ "poststop": [{ "path": "/bin/x" }] })), "hook poststop"),
+        ] {
+            assert!(message.contains(needle) && message.contains("/b/config.json"), "{needle}: {message}");
+        }
+        let message = Bundle::parse(Path::new("/b"), b"{").unwrap_err().to_string();
+        assert!(message.contains("malformed") && message.contains("line 1"), "{message}");
+    }
+}

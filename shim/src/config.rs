@@ -1,0 +1,340 @@
+//! What the operator decides (`/etc/spore/config.toml`), what a container may ask for
+//! (`io.spore.*` annotations), and the VM size class that follows from both and from
+//! the OCI limits. The exact limit is the guest cgroup's; the class only has to hold it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use spore_vmm::api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+/// Where the configuration is looked for, unless `SPORE_CONFIG` names another file.
+pub(crate) const PATH: &str = "/etc/spore/config.toml";
+/// Environment variable that names another configuration file (tests, several installs).
+pub(crate) const PATH_VARIABLE: &str = "SPORE_CONFIG";
+
+const PREFIX: &str = "io.spore.";
+const ALLOWED: [&str; 4] = ["vcpus", "memory_mib", "writable_size_mib", "debug"];
+/// Memory that the guest's kernel and agent need beside the container's.
+const GUEST_OVERHEAD_MIB: u64 = 64;
+/// Smallest class that is chosen from a limit.
+const SMALLEST_CLASS_MIB: u64 = 128;
+const MIN_WRITABLE_MIB: u64 = 16;
+const MAX_WRITABLE_MIB: u64 = 16 * 1024 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("configuration {path}: cannot be read: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("configuration {path}: {detail}; see shim/README.md for the keys")]
+    Parse { path: PathBuf, detail: String },
+    #[error("configuration {path}: {key} is {found}, allowed is {allowed}")]
+    Value { path: PathBuf, key: &'static str, found: String, allowed: String },
+    #[error(
+        "annotation {name}: not one that a container may set; allowed are io.spore.vcpus, io.spore.memory_mib, io.spore.writable_size_mib, io.spore.debug"
+    )]
+    AnnotationNotAllowed { name: String },
+    #[error("annotation {name}: value {found:?} is not allowed, expected {allowed}")]
+    AnnotationValue { name: String, found: String, allowed: String },
+}
+
+/// `config.toml`; every key is optional.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) vmm: PathBuf,
+    /// vCPUs of a container without CPU limits.
+    pub(crate) vcpus: u8,
+    /// Memory of a container without a memory limit.
+    pub(crate) memory_mib: u64,
+    /// Appended to the VMM's default kernel command line.
+    pub(crate) kernel_args: String,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    /// Size of a new writable layer.
+    pub(crate) writable_size_mib: u64,
+    /// From VMM start until the agent answers.
+    pub(crate) boot_deadline_s: u64,
+    pub(crate) debug: bool,
+    /// A file that gets one JSON line of times per sandbox.
+    pub(crate) timeline: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: "/usr/local/lib/spore/vmlinuz".into(),
+            initramfs: "/usr/local/lib/spore/initramfs".into(),
+            vmm: "/usr/local/libexec/spore/spore-vmm".into(),
+            vcpus: 1,
+            memory_mib: 256,
+            kernel_args: String::new(),
+            state_dir: "/var/lib/spore".into(),
+            run_dir: "/run/spore".into(),
+            writable_size_mib: 10240,
+            boot_deadline_s: 60,
+            debug: false,
+            timeline: None,
+        }
+    }
+}
+
+/// CPU and memory limits of the OCI spec.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// CPU time per period, both in microseconds.
+    pub(crate) quota: Option<(u64, u64)>,
+    /// CPUs of the cpuset.
+    pub(crate) cpus: Option<u64>,
+    /// Bytes.
+    pub(crate) memory: Option<u64>,
+}
+
+/// The machine of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Machine {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u64,
+    pub(crate) writable_size_mib: u64,
+    pub(crate) debug: bool,
+}
+
+impl Config {
+    /// Reads the file; a missing one means defaults, unless it was named explicitly.
+    pub(crate) fn load() -> Result<Self, ConfigError> {
+        match std::env::var_os(PATH_VARIABLE) {
+            Some(path) => Self::read(Path::new(&path)),
+            None if Path::new(PATH).exists() => Self::read(Path::new(PATH)),
+            None => Ok(Self::default()),
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            detail: error.to_string().trim().replace('\n', " "),
+        })?;
+        let value = |key, found: String, allowed: String| ConfigError::Value {
+            path: path.into(),
+            key,
+            found,
+            allowed,
+        };
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(value("vcpus", config.vcpus.to_string(), format!("1 to {MAX_VCPUS}")));
+        }
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory_mib) {
+            let allowed = format!("{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}");
+            return Err(value("memory_mib", config.memory_mib.to_string(), allowed));
+        }
+        if !(MIN_WRITABLE_MIB..=MAX_WRITABLE_MIB).contains(&config.writable_size_mib) {
+            let allowed = format!("{MIN_WRITABLE_MIB} to {MAX_WRITABLE_MIB}");
+            return Err(value("writable_size_mib", config.writable_size_mib.to_string(), allowed));
+        }
+        if !(1..=3600).contains(&config.boot_deadline_s) {
+            return Err(value("boot_deadline_s", config.boot_deadline_s.to_string(), "1 to 3600".into()));
+        }
+        for (key, dir) in [("state_dir", &config.state_dir), ("run_dir", &config.run_dir)] {
+            if !dir.is_absolute() {
+                return Err(value(key, dir.display().to_string(), "an absolute path".into()));
+            }
+        }
+        if !config.kernel_args.is_ascii() || config.kernel_args.contains(['\0', '\n']) {
+            return Err(value(
+                "kernel_args",
+                format!("{:?}", config.kernel_args),
+                "one line of ASCII".into(),
+            ));
+        }
+        Ok(config)
+    }
+
+    pub(crate) fn boot_deadline(&self) -> Duration {
+        Duration::from_secs(self.boot_deadline_s)
+    }
+
+    /// The machine for a container: annotations first, then limits, then defaults.
+    pub(crate) fn machine(
+        &self,
+        annotations: &HashMap<String, String>,
+        limits: &Limits,
+    ) -> Result<Machine, ConfigError> {
+        for name in annotations.keys() {
+            if name.strip_prefix(PREFIX).is_some_and(|key| !ALLOWED.contains(&key)) {
+                return Err(ConfigError::AnnotationNotAllowed { name: name.clone() });
+            }
+        }
+        let number = |key: &str, min: u64, max: u64| -> Result<Option<u64>, ConfigError> {
+            let name = format!("{PREFIX}{key}");
+            let Some(text) = annotations.get(&name) else { return Ok(None) };
+            match text.parse::<u64>() {
+                Ok(value) if (min..=max).contains(&value) => Ok(Some(value)),
+                _ => Err(ConfigError::AnnotationValue {
+                    name,
+                    found: text.clone(),
+                    allowed: format!("a number from {min} to {max}"),
+                }),
+            }
+        };
+        let vcpus = number("vcpus", 1, u64::from(MAX_VCPUS))?
+            .or_else(|| limits.vcpus())
+            .map_or(self.vcpus, |count| u8::try_from(count).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS));
+        let memory_mib = number("memory_mib", MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
+            .or_else(|| limits.memory.map(|bytes| memory_class(bytes, host_memory_mib())))
+            .unwrap_or(self.memory_mib);
+        let writable_size_mib = number("writable_size_mib", MIN_WRITABLE_MIB, MAX_WRITABLE_MIB)?
+            .unwrap_or(self.writable_size_mib);
+        let debug = match annotations.get("io.spore.debug").map(String::as_str) {
+            None => self.debug,
+            Some("true" | "1") => true,
+            Some("false" | "0") => false,
+            Some(other) => {
+                return Err(ConfigError::AnnotationValue {
+                    name: "io.spore.debug".into(),
+                    found: other.into(),
+                    allowed: "\"true\" or \"false\"".into(),
+                });
+            }
+        };
+        Ok(Machine { vcpus, memory_mib, writable_size_mib, debug })
+    }
+}
+
+impl Limits {
+    fn vcpus(&self) -> Option<u64> {
+        let quota =
+            self.quota.filter(|(_, period)| *period > 0).map(|(quota, period)| quota.div_ceil(period).max(1));
+        match (quota, self.cpus.filter(|count| *count > 0)) {
+            (Some(quota), Some(cpus)) => Some(quota.min(cpus)),
+            (one, other) => one.or(other),
+        }
+    }
+}
+
+/// The smallest class that holds `bytes` and the guest itself. Classes are the powers of
+/// two and their midpoints. A limit beyond the host's memory limits nothing: the largest
+/// class that the host has.
+fn memory_class(bytes: u64, host_mib: u64) -> u64 {
+    let need = bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
+    let mut class = SMALLEST_CLASS_MIB;
+    loop {
+        let next = if class.is_power_of_two() { class + class / 2 } else { (class / 3) * 4 };
+        if class >= need || next > host_mib.min(MAX_MEMORY_MIB) {
+            return class;
+        }
+        class = next;
+    }
+}
+
+fn host_memory_mib() -> u64 {
+    std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .map_or(MAX_MEMORY_MIB, |kib| kib / 1024)
+}
+
+/// Counts the CPUs of a cpuset list such as `0-3,8`.
+pub(crate) fn cpuset_count(list: &str) -> Option<u64> {
+    let mut count = 0u64;
+    for part in list.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    }
+    (count > 0).then_some(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("/etc/spore/config.toml"), text)
+    }
+
+    fn annotations(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_string(), (*v).to_string())).collect()
+    }
+
+    #[test]
+    fn an_empty_file_means_the_documented_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!((config.vcpus, config.memory_mib, config.writable_size_mib), (1, 256, 10240));
+        assert_eq!(config.boot_deadline(), Duration::from_secs(60));
+        assert_eq!(config.state_dir, Path::new("/var/lib/spore"));
+    }
+
+    #[test]
+    fn errors_name_the_file_the_key_and_what_is_allowed() {
+        for (text, needle) in [
+            ("vcpu = 2", "unknown field `vcpu`"),
+            ("vcpus = 33", "vcpus is 33, allowed is 1 to 32"),
+            ("memory_mib = 8", "memory_mib is 8, allowed is 64 to"),
+            ("state_dir = \"var\"", "state_dir is var, allowed is an absolute path"),
+            ("boot_deadline_s = 0", "boot_deadline_s is 0"),
+            ("kernel_args = \"a\\nb\"", "one line of ASCII"),
+            ("vcpus = ", "configuration /etc/spore/config.toml"),
+        ] {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.contains(needle), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn limits_choose_the_class_and_annotations_overrule_them() {
+        let config = Config::default();
+        let limits = Limits { quota: Some((150_000, 100_000)), cpus: Some(8), memory: Some(200 << 20) };
+        let machine = config.machine(&HashMap::new(), &limits).unwrap();
+        assert_eq!((machine.vcpus, machine.memory_mib), (2, 384));
+        let wanted = annotations(&[("io.spore.vcpus", "4"), ("io.spore.memory_mib", "300"), ("other", "x")]);
+        let machine = config.machine(&wanted, &limits).unwrap();
+        assert_eq!((machine.vcpus, machine.memory_mib), (4, 300));
+        let cpuset = Limits { cpus: cpuset_count("0-2,5"), ..Limits::default() };
+        assert_eq!(config.machine(&HashMap::new(), &cpuset).unwrap().vcpus, 4);
+    }
+
+    #[test]
+    fn memory_classes_hold_the_limit_and_stop_at_the_host() {
+        assert_eq!(memory_class(16 << 20, 1 << 20), 128);
+        assert_eq!(memory_class(64 << 20, 1 << 20), 128);
+        assert_eq!(memory_class(65 << 20, 1 << 20), 192);
+        assert_eq!(memory_class(512 << 20, 1 << 20), 768);
+        assert_eq!(memory_class(u64::MAX, 24_000), 16384);
+    }
+
+    #[test]
+    fn annotations_that_are_host_policy_are_refused() {
+        let config = Config::default();
+        let refused = annotations(&[("io.spore.kernel_args", "init=/bin/sh")]);
+        let message = config.machine(&refused, &Limits::default()).unwrap_err().to_string();
+        assert!(message.contains("io.spore.kernel_args") && message.contains("allowed are"), "{message}");
+        for (name, value) in
+            [("io.spore.vcpus", "0"), ("io.spore.memory_mib", "lots"), ("io.spore.debug", "maybe")]
+        {
+            let message =
+                config.machine(&annotations(&[(name, value)]), &Limits::default()).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains(value), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_cpuset_list_is_counted_or_ignored() {
+        assert_eq!(cpuset_count("0-3,8"), Some(5));
+        assert_eq!(cpuset_count("7"), Some(1));
+        assert_eq!(cpuset_count(""), None);
+        assert_eq!(cpuset_count("3-1"), None);
+        assert_eq!(cpuset_count("x"), None);
+    }
+}

@@ -1,0 +1,55 @@
+//! `delete`: reclaims what is left of a sandbox, whatever became of its shim. containerd
+//! runs it after every shim's end, also after a regular one, so it has to be quick when
+//! there is nothing to do.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::SystemTime;
+
+use containerd_shim::Flags;
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message;
+
+use crate::bootstrap;
+use crate::config::Config;
+use crate::container::timestamp;
+use crate::rootfs;
+use crate::rundir::{self, RunDir};
+
+/// 128 + SIGKILL: what runc's shim reports here.
+const KILLED: u32 = 137;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeleteError {
+    #[error("delete: encode the answer: {0}")]
+    Encode(#[from] protobuf::Error),
+    #[error("delete: write the answer: {0}")]
+    Write(#[from] io::Error),
+}
+
+pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
+    // A configuration that cannot be read must not keep a sandbox from being reclaimed.
+    let config = Config::load().unwrap_or_else(|error| {
+        eprintln!("{error}; using the default directories");
+        Config::default()
+    });
+    let (record, problems) = rundir::reclaim(&RunDir::path_of(&config.run_dir, &flags.namespace, &flags.id));
+    for problem in problems {
+        eprintln!("delete {}: {problem}", flags.id);
+    }
+    bootstrap::remove_socket(&bootstrap::address(flags));
+    let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
+    if let Ok(address) = std::fs::read_to_string(bundle.join("address")) {
+        bootstrap::remove_socket(address.trim());
+    }
+    rootfs::collect_garbage(&config.state_dir);
+    rootfs::sweep(&config.state_dir);
+    let response = DeleteResponse {
+        pid: record.holder.map_or(0, |holder| holder.pid),
+        exit_status: KILLED,
+        exited_at: timestamp(SystemTime::now()),
+        ..Default::default()
+    };
+    io::stdout().write_all(&response.write_to_bytes()?)?;
+    Ok(())
+}

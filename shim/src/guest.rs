@@ -1,0 +1,229 @@
+//! The sole client of the guest's agent: ttrpc over vsock, and the opening of stdio streams.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use spore_agent_api::stream::{self, Hello, Kind};
+use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
+use spore_agent_api::{RPC_PORT, STDIO_PORT};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use ttrpc::Code;
+use ttrpc::r#async::Client;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+use crate::vm::Vm;
+
+/// Most calls are answered in microseconds; a guest that takes longer is in trouble.
+const CALL: Duration = Duration::from_secs(30);
+/// Creating formats nothing but mounts, looks up and forks; a small guest under load is slow.
+const CREATE: Duration = Duration::from_secs(120);
+/// Bytes for the guest's random pool.
+const ENTROPY: usize = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GuestError {
+    /// Worded as runc's: Docker finds "executable file not found" behind this prefix.
+    #[error("OCI runtime create failed: {message}")]
+    Create { message: String },
+    #[error("guest agent: {call}: {message}")]
+    Refused { call: &'static str, code: Code, message: String },
+    #[error("guest agent: {call}: connection lost: {detail}")]
+    Lost { call: &'static str, detail: String },
+    #[error("guest agent: {what}: {detail}")]
+    Connect { what: &'static str, detail: String },
+}
+
+/// What a process ended with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct GuestExit {
+    pub(crate) status: u32,
+    /// Guest wall clock in nanoseconds since the epoch.
+    pub(crate) at_ns: i64,
+}
+
+/// The disks of a root file system, by serial.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct GuestRootfs {
+    /// Uppermost first.
+    pub(crate) lower: Vec<String>,
+    pub(crate) writable: String,
+}
+
+/// Which streams a process has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct GuestStdio {
+    pub(crate) stdin: bool,
+    pub(crate) stdout: bool,
+    pub(crate) stderr: bool,
+    pub(crate) terminal: bool,
+}
+
+/// A connection to the agent.
+pub(crate) struct Guest {
+    vm: Arc<Vm>,
+    sandbox: sandbox_ttrpc::SandboxClient,
+    container: container_ttrpc::ContainerClient,
+}
+
+impl Guest {
+    pub(crate) async fn connect(vm: Arc<Vm>) -> Result<Self, GuestError> {
+        let stream = vm.connect(RPC_PORT).await.map_err(|error| GuestError::Connect {
+            what: "connect to its service port",
+            detail: error.to_string(),
+        })?;
+        let client = Client::new(Socket::from(stream));
+        Ok(Self {
+            vm,
+            sandbox: sandbox_ttrpc::SandboxClient::new(client.clone()),
+            container: container_ttrpc::ContainerClient::new(client),
+        })
+    }
+
+    /// Gives the guest its name, the time and randomness.
+    pub(crate) async fn setup(&self, hostname: &str) -> Result<(), GuestError> {
+        let mut entropy = vec![0; ENTROPY];
+        let random = std::fs::File::open("/dev/urandom")
+            .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut entropy));
+        random
+            .map_err(|error| GuestError::Connect { what: "read /dev/urandom", detail: error.to_string() })?;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let request = sandbox::SetupRequest {
+            hostname: hostname.into(),
+            wall_clock_ns: i64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy,
+            ..Default::default()
+        };
+        self.sandbox
+            .setup(with_duration(CALL), &request)
+            .await
+            .map(drop)
+            .map_err(|error| failed("set-up", error))
+    }
+
+    pub(crate) async fn create(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        rootfs: GuestRootfs,
+        stdio: GuestStdio,
+    ) -> Result<(), GuestError> {
+        let request = container::CreateRequest {
+            id: id.into(),
+            spec,
+            rootfs: Some(container::Rootfs {
+                lower: rootfs.lower,
+                writable: rootfs.writable,
+                ..Default::default()
+            })
+            .into(),
+            stdio: Some(container::Stdio {
+                stdin: stdio.stdin,
+                stdout: stdio.stdout,
+                stderr: stdio.stderr,
+                terminal: stdio.terminal,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        match self.container.create(with_duration(CREATE), &request).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match failed("create", error) {
+                GuestError::Refused { message, .. } => GuestError::Create { message },
+                other => other,
+            }),
+        }
+    }
+
+    pub(crate) async fn start(&self, id: &str) -> Result<(), GuestError> {
+        let request = container::StartRequest { id: id.into(), ..Default::default() };
+        self.container
+            .start(with_duration(CALL), &request)
+            .await
+            .map(drop)
+            .map_err(|error| failed("start", error))
+    }
+
+    /// Answers when the process has ended.
+    pub(crate) async fn wait(&self, id: &str) -> Result<GuestExit, GuestError> {
+        let request = container::WaitRequest { id: id.into(), ..Default::default() };
+        // Without a deadline: a container may run for years.
+        let answer =
+            self.container.wait(Context::default(), &request).await.map_err(|error| failed("wait", error))?;
+        Ok(GuestExit { status: answer.exit_status, at_ns: answer.exited_at_ns })
+    }
+
+    pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), GuestError> {
+        let request = container::SignalRequest { id: id.into(), signal, all, ..Default::default() };
+        self.container
+            .signal(with_duration(CALL), &request)
+            .await
+            .map(drop)
+            .map_err(|error| failed("signal", error))
+    }
+
+    /// Unmounts and syncs the container's disks; when this is answered they are clean.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), GuestError> {
+        let request = container::DeleteRequest { id: id.into(), ..Default::default() };
+        self.container
+            .delete(with_duration(CALL), &request)
+            .await
+            .map(drop)
+            .map_err(|error| failed("delete", error))
+    }
+
+    /// Pids in the guest, the container's init among them.
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>, GuestError> {
+        let request = container::PidsRequest { id: id.into(), ..Default::default() };
+        let answer = self
+            .container
+            .pids(with_duration(CALL), &request)
+            .await
+            .map_err(|error| failed("pids", error))?;
+        Ok(answer.pids)
+    }
+
+    /// The pid of the container's init in the guest.
+    pub(crate) async fn init_pid(&self, id: &str) -> Result<u32, GuestError> {
+        let request = container::StateRequest { id: id.into(), ..Default::default() };
+        let answer = self
+            .container
+            .state(with_duration(CALL), &request)
+            .await
+            .map_err(|error| failed("state", error))?;
+        Ok(answer.pid)
+    }
+
+    /// Opens one stdio stream of the container's init process.
+    pub(crate) async fn open_stdio(&self, id: &str, kind: Kind) -> Result<UnixStream, GuestError> {
+        let fail = |detail: String| GuestError::Connect { what: "open a stdio stream", detail };
+        let hello = Hello { kind, id: id.into(), exec_id: String::new() };
+        let hello = hello.encode().map_err(|error| fail(error.to_string()))?;
+        let open = async {
+            let mut stream = self.vm.connect(STDIO_PORT).await?;
+            stream.write_all(&hello).await?;
+            let answer = stream.read_u8().await?;
+            Ok::<_, std::io::Error>((stream, answer))
+        };
+        let outcome = tokio::time::timeout(CALL, open).await.map_err(|_| fail("timed out".into()))?;
+        let (stream, answer) = outcome.map_err(|error| fail(error.to_string()))?;
+        match answer {
+            stream::ATTACHED => Ok(stream),
+            stream::REFUSED_NO_SUCH_PROCESS => Err(fail("the guest knows no such process".into())),
+            stream::REFUSED_NO_SUCH_STREAM => Err(fail(format!("the process has no {kind:?} stream"))),
+            stream::REFUSED_ALREADY_ATTACHED => Err(fail("the stream is attached already".into())),
+            other => Err(fail(format!("refused with code {other}"))),
+        }
+    }
+}
+
+fn failed(call: &'static str, error: ttrpc::Error) -> GuestError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            GuestError::Refused { call, code: status.code(), message: status.message().to_string() }
+        }
+        other => GuestError::Lost { call, detail: other.to_string() },
+    }
+}

@@ -1,0 +1,193 @@
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use slog::o;
+use tokio::net::UnixStream;
+
+use super::*;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
+    let path = dir.path().join(name);
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    path
+}
+
+fn log() -> Logger {
+    Logger::root(slog::Discard, o!())
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[0]
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdout");
+    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let data = pattern(64 << 20);
+    let expected = data.clone();
+    let reader = std::thread::spawn(move || {
+        let mut file = File::open(path).unwrap();
+        let (mut all, mut chunk, mut size) = (Vec::new(), vec![0; 200_000], 1);
+        loop {
+            // Odd and changing sizes; now and then a pause for the writer to fill the pipe.
+            let length = file.read(&mut chunk[..size]).unwrap();
+            if length == 0 {
+                return all;
+            }
+            all.extend_from_slice(&chunk[..length]);
+            size = (size * 7 + 13) % 199_999 + 1;
+            std::thread::yield_now();
+        }
+    });
+    let (from_guest, to_guest) = shim.into_split();
+    let mut streams = Streams::new(&log());
+    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    // The process writes all and exits at once.
+    let writer = tokio::spawn(async move {
+        guest.write_all(&data).await.unwrap();
+        drop(guest);
+    });
+    assert!(streams.drain(DEADLINE).await);
+    writer.await.unwrap();
+    let all = tokio::task::spawn_blocking(move || reader.join().unwrap()).await.unwrap();
+    assert_eq!(all.len(), expected.len());
+    assert!(all == expected);
+}
+
+#[tokio::test]
+async fn a_client_may_detach_and_another_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdout");
+    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let (from_guest, to_guest) = shim.into_split();
+    let mut streams = Streams::new(&log());
+    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let read = |path: PathBuf, length: usize| async move {
+        tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            File::open(path).unwrap().read_exact(&mut bytes).unwrap();
+            bytes
+        })
+        .await
+        .unwrap()
+    };
+    guest.write_all(b"first").await.unwrap();
+    assert_eq!(read(path.clone(), 5).await, b"first");
+    guest.write_all(b"second").await.unwrap();
+    assert_eq!(read(path, 6).await, b"second");
+    drop(guest);
+    assert!(streams.drain(DEADLINE).await);
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdout: fifo(&dir, "stdout").display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let (from_guest, to_guest) = shim.into_split();
+    let mut streams = Streams::new(&log());
+    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let writer = tokio::spawn(async move {
+        let _ = guest.write_all(&vec![0; 4 << 20]).await;
+    });
+    assert!(!streams.drain(Duration::from_millis(200)).await);
+    writer.await.unwrap();
+}
+
+#[tokio::test]
+async fn input_ends_when_close_io_came_and_the_clients_have_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdin");
+    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let (_from_guest, to_guest) = shim.into_split();
+    let mut streams = Streams::new(&log());
+    assert!(streams.set_input(fifos.stdin, to_guest).is_none());
+    streams.start_input().unwrap();
+    let write = |path: PathBuf, text: &'static [u8]| async move {
+        tokio::task::spawn_blocking(move || {
+            File::options().write(true).open(path).unwrap().write_all(text).unwrap()
+        })
+        .await
+        .unwrap();
+    };
+    let mut bytes = [0; 6];
+    write(path.clone(), b"hello ").await;
+    guest.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"hello ");
+    // The first client is gone, which is no end of file yet.
+    write(path, b"again!").await;
+    guest.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"again!");
+    streams.close_stdin();
+    let end = tokio::time::timeout(DEADLINE, guest.read(&mut bytes)).await.unwrap().unwrap();
+    assert_eq!(end, 0);
+}
+
+#[tokio::test]
+async fn close_io_before_start_loses_no_input() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdin");
+    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let (_from_guest, to_guest) = shim.into_split();
+    let mut streams = Streams::new(&log());
+    assert!(streams.set_input(fifos.stdin, to_guest).is_none());
+    let opening = std::sync::Arc::new(std::sync::Barrier::new(2));
+    let opened = std::sync::Arc::clone(&opening);
+    let client = std::thread::spawn(move || {
+        opened.wait();
+        File::options().write(true).open(path).unwrap().write_all(b"early").unwrap();
+    });
+    opening.wait();
+    // The client is blocked in open(2) as soon as the kernel counts it as a sleeper there.
+    let asleep = || {
+        std::fs::read_dir("/proc/self/task").unwrap().flatten().any(|task| {
+            std::fs::read_to_string(task.path().join("wchan"))
+                .unwrap_or_default()
+                .contains("wait_for_partner")
+        })
+    };
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    while !asleep() && std::time::Instant::now() < until {
+        std::thread::yield_now();
+    }
+    streams.close_stdin();
+    streams.start_input().unwrap();
+    let mut text = Vec::new();
+    tokio::time::timeout(DEADLINE, guest.read_to_end(&mut text)).await.unwrap().unwrap();
+    client.join().unwrap();
+    assert_eq!(text, b"early");
+}
+
+#[test]
+fn schemes_that_are_not_served_are_refused_and_empty_means_none() {
+    let stdio = Stdio { stdout: "binary:///usr/bin/logger?id=1".into(), ..Stdio::default() };
+    let message = stdio.check().unwrap_err().to_string();
+    assert!(message.contains("binary") && message.contains("stdout"), "{message}");
+    assert!(Stdio { stdout: "file:///tmp/x".into(), ..Stdio::default() }.check().is_err());
+    assert!(Stdio { stdout: "fifo:///tmp/x".into(), ..Stdio::default() }.check().is_ok());
+    assert_eq!(Stdio::default().wanted(), GuestStdio::default());
+    let terminal = Stdio { stdin: "/i".into(), stdout: "/o".into(), stderr: "/e".into(), terminal: true };
+    assert_eq!(terminal.wanted(), GuestStdio { stdin: true, stdout: true, stderr: false, terminal: true });
+}

@@ -1,0 +1,133 @@
+#![allow(unsafe_code)] // Descriptors from and to the kernel: pidfds, SCM_RIGHTS, readiness.
+//! Processes named so that a reused pid cannot be mistaken for them: by pid and start
+//! time across our own restarts, by pidfd while they are ours.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A process as written to a file: its pid and its start time in clock ticks since boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProcessId {
+    pub(crate) pid: u32,
+    pub(crate) start: u64,
+}
+
+impl ProcessId {
+    /// Identifies a process that has not been reaped.
+    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self { pid, start: stat(pid)?.1 })
+    }
+
+    pub(crate) fn this() -> io::Result<Self> {
+        Self::of(std::process::id())
+    }
+
+    /// Whether that very process still exists (a zombie has ended).
+    pub(crate) fn is_alive(self) -> bool {
+        stat(self.pid).is_ok_and(|(state, start)| start == self.start && !matches!(state, 'Z' | 'X'))
+    }
+
+    /// Kills that very process and waits for its end, at most `deadline`. `Ok(false)` when it
+    /// had already ended.
+    pub(crate) fn kill(self, deadline: std::time::Duration) -> io::Result<bool> {
+        let pidfd = match pidfd_open(self.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        // The pidfd pins whoever has the pid now; only then is the comparison sound.
+        if !self.is_alive() {
+            return Ok(false);
+        }
+        pidfd_kill(&pidfd, libc::SIGKILL)?;
+        let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
+        let mut poll = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        match nix::poll::poll(&mut poll, timeout)? {
+            0 => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {} survives SIGKILL", self.pid)))
+            }
+            _ => Ok(true),
+        }
+    }
+}
+
+/// Fields 3 (state) and 22 (start time) of `/proc/<pid>/stat`.
+fn stat(pid: u32) -> io::Result<(char, u64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let gone = || io::Error::new(io::ErrorKind::NotFound, format!("process {pid} has ended"));
+    // The command in parentheses may itself contain spaces and parentheses.
+    let fields: Vec<&str> = stat.rsplit_once(')').ok_or_else(gone)?.1.split_whitespace().collect();
+    let state = fields.first().and_then(|field| field.chars().next()).ok_or_else(gone)?;
+    let start = fields.get(19).and_then(|field| field.parse().ok()).ok_or_else(gone)?;
+    Ok((state, start))
+}
+
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel just returned this descriptor to us alone.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+pub(crate) fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the duration of the call; a null siginfo is allowed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            libc::c_long::from(pidfd.as_raw_fd()),
+            libc::c_long::from(signal),
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Keeps glibc from one heap arena a thread: the shim's threads allocate little.
+pub(crate) fn limit_heap_arenas() {
+    // SAFETY: mallopt with a documented parameter; called before any thread exists.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Lets the runtime tell when a descriptor of ours is ready.
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open, always answers the same number, and the AsyncFd owns it
+    // from here on.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
+/// Takes ownership of descriptors that the kernel delivered with a message.
+pub(crate) fn adopt(fds: Vec<std::os::fd::RawFd>) -> Vec<OwnedFd> {
+    // SAFETY: each number was just installed by recvmsg(2) for this call's caller alone.
+    fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn only_the_very_process_is_killed() {
+        let mut child = Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        assert!(id.is_alive());
+        let imposter = ProcessId { start: id.start + 1, ..id };
+        assert!(!imposter.kill(Duration::from_secs(5)).unwrap());
+        assert!(id.is_alive(), "a process with another start time must be left alone");
+        assert!(id.kill(Duration::from_secs(5)).unwrap());
+        assert!(!id.is_alive());
+        child.wait().unwrap();
+        assert!(!id.kill(Duration::from_secs(5)).unwrap());
+    }
+}

@@ -1,0 +1,198 @@
+//! The disks of a container's root file system (DESIGN 5): read-only EROFS images below, one
+//! ext4 disk for writes above; overlayfs joins them in the guest.
+//!
+//! | source | read-only disks, uppermost first | writable disk lives in |
+//! |---|---|---|
+//! | overlayfs snapshotter, Docker | [upper directory's content] · merged layers (cache) | the rootfs snapshot's directory |
+//! | erofs snapshotter | [upper directory's content] · its own images, one or merged | the same |
+//! | native snapshotter, `--rootfs` | a copy of the directory | `<state_dir>/writable/<key>/` |
+//! | read-only view | merged layers (cache) | the run-time directory |
+
+pub(crate) mod build;
+mod containerd;
+mod images;
+mod mountinfo;
+mod source;
+mod sparse;
+mod temporary;
+mod writable;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::api::Mount;
+use slog::{Logger, debug, info};
+
+use self::source::{Source, Upper};
+pub(crate) use self::writable::collect_garbage;
+
+/// Read-only disks that one container may take of the slots that a VM has: more layers are
+/// merged into one image.
+const MOST_LAYER_DISKS: usize = 1;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RootfsError {
+    #[error("root file system: {what} is not supported, allowed: {allowed}")]
+    Unsupported { what: String, allowed: &'static str },
+    #[error("root file system: {operation} {path}: {source}")]
+    Host { operation: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "root file system image {path}: {detail}; remove the file (it is made again), or pull the image again when it belongs to the erofs snapshotter"
+    )]
+    BadImage { path: PathBuf, detail: String },
+    #[error("root file system image {path}: cannot be made: {detail}")]
+    Build { path: PathBuf, detail: String },
+    #[error("writable layer {path}: cannot be made: {detail}")]
+    Format { path: PathBuf, detail: String },
+    #[error("root file system: the disk that holds {path} is full: {detail}; free space there")]
+    DiskFull { path: PathBuf, detail: String },
+    #[error(
+        "writable layer {path}: in use by another sandbox; a root directory can serve one container at a time, use a copy of it"
+    )]
+    InUse { path: PathBuf },
+}
+
+/// What to prepare from.
+pub(crate) struct Request<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) namespace: &'a str,
+    /// containerd's gRPC socket.
+    pub(crate) containerd: &'a str,
+    pub(crate) mounts: &'a [Mount],
+    pub(crate) root: &'a Path,
+    pub(crate) state_dir: &'a Path,
+    /// The sandbox's run-time directory.
+    pub(crate) run_dir: &'a Path,
+    pub(crate) writable_size_mib: u64,
+}
+
+/// Open disks, ready to be attached.
+#[derive(Debug)]
+pub(crate) struct Disks {
+    /// Uppermost first.
+    pub(crate) lower: Vec<File>,
+    /// Locked against a second sandbox as long as any copy of the descriptor is open.
+    pub(crate) writable: File,
+}
+
+/// Checks what can be checked without work, so that a bad request fails before a VM boots.
+pub(crate) fn find(request: &Request<'_>) -> Result<Source, RootfsError> {
+    Source::find(request.mounts, request.root)
+}
+
+pub(crate) async fn prepare(
+    request: &Request<'_>,
+    source: Source,
+    log: &Logger,
+) -> Result<Disks, RootfsError> {
+    debug!(log, "root file system"; "source" => ?source);
+    private_dir(request.state_dir)?;
+    let place = writable::Place::find(&source, request)?;
+    let writable = {
+        let (place, state_dir, size) =
+            (place.clone(), request.state_dir.to_path_buf(), request.writable_size_mib);
+        blocking(move || writable::open(&place, &state_dir, size))
+    };
+    let lower = lower(request, &source, place.dir(), log);
+    let (writable, lower) = tokio::join!(writable, lower);
+    Ok(Disks { lower: lower?, writable: writable? })
+}
+
+async fn lower(
+    request: &Request<'_>,
+    source: &Source,
+    beside: &Path,
+    log: &Logger,
+) -> Result<Vec<File>, RootfsError> {
+    let state_dir = request.state_dir;
+    let mut disks = Vec::new();
+    match source {
+        Source::Directory { path, frozen } => {
+            // A snapshot's directory is nobody else's and is converted once; a directory of
+            // the user's may have changed since the last task.
+            disks.push(images::tree(state_dir, path, &beside.join("base.erofs"), !frozen).await?);
+        }
+        Source::Overlay { lowers, upper } => {
+            disks.extend(upper_disk(state_dir, upper.as_ref(), beside).await?);
+            disks.push(merged(request, lowers, log).await?);
+        }
+        Source::Images { images, upper } => {
+            disks.extend(upper_disk(state_dir, upper.as_ref(), beside).await?);
+            if images.len() <= MOST_LAYER_DISKS {
+                for image in images {
+                    disks.push(images::open(image)?);
+                }
+            } else {
+                // The snapshotter has mounted each on the directory beside it.
+                let mounted: Vec<PathBuf> = images.iter().map(|image| image.with_file_name("fs")).collect();
+                disks.push(merged(request, &mounted, log).await?);
+            }
+        }
+    }
+    Ok(disks)
+}
+
+async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Result<File, RootfsError> {
+    let key = match containerd::chain_id(request).await {
+        Ok(Some(chain)) => images::chain_key(&chain),
+        Ok(None) => None,
+        Err(detail) => {
+            info!(log, "containerd does not tell the chain id, the layers' identity serves instead"; "cause" => detail);
+            None
+        }
+    };
+    let key = match key {
+        Some(key) => key,
+        None => images::directories_key(lowers)?,
+    };
+    images::merged(request.state_dir, &key, lowers).await
+}
+
+/// What the host's upper directory holds already becomes a layer of its own, with its
+/// whiteouts and opaque marks.
+async fn upper_disk(
+    state_dir: &Path,
+    upper: Option<&Upper>,
+    beside: &Path,
+) -> Result<Option<File>, RootfsError> {
+    let Some(upper) = upper else { return Ok(None) };
+    let target = beside.join("upper.erofs");
+    if !target.exists() {
+        let read = std::fs::read_dir(&upper.upper).and_then(|mut entries| entries.next().transpose());
+        let first = read.map_err(|source| RootfsError::Host {
+            operation: "read the upper directory",
+            path: upper.upper.clone(),
+            source,
+        })?;
+        if first.is_none() {
+            return Ok(None);
+        }
+    }
+    images::tree(state_dir, &upper.upper, &target, false).await.map(Some)
+}
+
+/// Removes what killed shims left half-made in the state directory.
+pub(crate) fn sweep(state_dir: &Path) {
+    for dir in ["images", "golden"] {
+        temporary::sweep(&state_dir.join(dir));
+    }
+}
+
+/// Makes a directory for the shim alone, parents included.
+fn private_dir(path: &Path) -> Result<(), RootfsError> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| RootfsError::Host {
+        operation: "create",
+        path: path.into(),
+        source,
+    })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RootfsError> + Send + 'static,
+) -> Result<T, RootfsError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(RootfsError::Host { operation: "prepare", path: PathBuf::new(), source: io::Error::other(error) })
+    })
+}

@@ -1,0 +1,399 @@
+//! The sandbox: what one shim owns. It makes the VM, the holder and the disks for a
+//! container, gives them up again on every path, and knows when it may end.
+//!
+//! Creation runs in a task of its own: a caller that goes away (containerd's deadline) does
+//! not leave half a sandbox; `Shutdown` abandons it.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use slog::{Logger, info, warn};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::bundle::Bundle;
+use crate::config::Config;
+use crate::container::{Container, Exit, Parts, with_vm};
+use crate::error::Error;
+use crate::events::Events;
+use crate::guest::{Guest, GuestRootfs};
+use crate::holder::Holder;
+use crate::io::{Fifos, Stdio, Streams};
+use crate::process::ProcessId;
+use crate::rootfs;
+use crate::rundir::RunDir;
+use crate::timeline::{self, Timeline};
+use crate::vm::{HostFiles, Vm};
+
+/// Runtime options that Spore's callers send; nothing in them changes what a VM does yet.
+const KNOWN_OPTIONS: [&str; 2] = ["containerd.runc.v1.Options", "runtimeoptions.v1.Options"];
+
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+}
+
+/// What the sandbox needs to know of its surroundings.
+pub(crate) struct Context {
+    pub(crate) config: Config,
+    pub(crate) namespace: String,
+    pub(crate) id: String,
+    /// containerd's gRPC socket.
+    pub(crate) containerd: String,
+    pub(crate) events: Events,
+    pub(crate) log: Logger,
+}
+
+pub(crate) struct Sandbox {
+    context: Context,
+    slots: Mutex<HashMap<String, Slot>>,
+    closing: watch::Sender<bool>,
+    /// Ends a creation's wait in `Shutdown`.
+    created: Notify,
+    reclaiming: Mutex<Option<JoinHandle<()>>>,
+    timeline: Mutex<Timeline>,
+}
+
+/// What creation has made so far; given up together when it fails.
+#[derive(Default)]
+struct Making {
+    dir: Option<Arc<RunDir>>,
+    holder: Option<Holder>,
+    vm: Option<Arc<Vm>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sandbox {
+    pub(crate) fn new(context: Context, timeline: Timeline) -> Arc<Self> {
+        Arc::new(Self {
+            context,
+            slots: Mutex::default(),
+            closing: watch::Sender::new(false),
+            created: Notify::new(),
+            reclaiming: Mutex::default(),
+            timeline: Mutex::new(timeline),
+        })
+    }
+
+    /// The container, once it is created.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match lock(&self.slots).get(id) {
+            Some(Slot::Ready(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NoContainer),
+        }
+    }
+
+    /// Creates the container and its VM; returns the task's pid.
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        self.mark("create_ns");
+        let id = request.id.clone();
+        {
+            let mut slots = lock(&self.slots);
+            if slots.contains_key(&id) {
+                return Err(Error::Exists(id));
+            }
+            if let Some(other) = slots.keys().next() {
+                return Err(Error::Unimplemented(format!(
+                    "create task {id}: the sandbox has container {other} already, and several containers in one sandbox"
+                )));
+            }
+            if *self.closing.borrow() {
+                return Err(Error::Abandoned(id));
+            }
+            slots.insert(id.clone(), Slot::Creating);
+        }
+        let this = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let id = request.id.clone();
+            let outcome = this.make(&request).await;
+            match &outcome {
+                Ok(container) => {
+                    lock(&this.slots).insert(id, Slot::Ready(Arc::clone(container)));
+                }
+                Err(error) => {
+                    warn!(this.context.log, "create failed"; "task" => &id, "error" => crate::error::chain(error));
+                    lock(&this.slots).remove(&id);
+                }
+            }
+            this.created.notify_waiters();
+            outcome
+        });
+        match task.await {
+            Ok(outcome) => outcome.map(|container| container.pid),
+            Err(_) => {
+                lock(&self.slots).remove(&id);
+                self.created.notify_waiters();
+                Err(Error::Abandoned(id))
+            }
+        }
+    }
+
+    async fn make(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, Error> {
+        // The VM of a deleted container may still be going.
+        self.reclaimed().await;
+        let mut making = Making::default();
+        let mut closing = self.closing.subscribe();
+        let outcome = tokio::select! {
+            outcome = self.build(request, &mut making) => outcome,
+            _ = closing.wait_for(|closing| *closing) => Err(Error::Abandoned(request.id.clone())),
+        };
+        if outcome.is_err() {
+            drop(making.holder.take());
+            if let Some(vm) = making.vm.take() {
+                vm.kill().await;
+            }
+            if let Some(dir) = making.dir.take() {
+                self.remove_dir(&dir);
+            }
+        }
+        outcome
+    }
+
+    async fn build(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+        making: &mut Making,
+    ) -> Result<Arc<Container>, Error> {
+        let Context { config, namespace, containerd, log, .. } = &self.context;
+        let id = request.id.as_str();
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unimplemented(format!("create task {id} from a checkpoint")));
+        }
+        if let Some(options) = request.options.as_ref() {
+            let name = options.type_url.rsplit('/').next().unwrap_or_default();
+            if !name.is_empty() && !KNOWN_OPTIONS.contains(&name) {
+                warn!(log, "runtime options of an unknown type are ignored"; "type" => name);
+            }
+        }
+        // Everything that can be refused is, before anything is started.
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        stdio.check()?;
+        let bundle = Bundle::load(Path::new(&request.bundle))?;
+        let machine = config.machine(&bundle.annotations, &bundle.limits)?;
+        let files = HostFiles::open(config)?;
+        let run_dir = RunDir::path_of(&config.run_dir, namespace, &self.context.id);
+        let wanted = rootfs::Request {
+            id,
+            namespace,
+            containerd,
+            mounts: &request.rootfs,
+            root: &bundle.root,
+            state_dir: &config.state_dir,
+            run_dir: &run_dir,
+            writable_size_mib: machine.writable_size_mib,
+        };
+        let source = rootfs::find(&wanted)?;
+        let fifos = Fifos::open(&stdio)?;
+
+        let dir_error = |source| Error::RunDir { path: run_dir.clone(), source };
+        let dir = Arc::new(RunDir::create(&config.run_dir, namespace, &self.context.id).map_err(dir_error)?);
+        making.dir = Some(Arc::clone(&dir));
+        let vm = Arc::new(Vm::spawn(config, &machine, Arc::clone(&dir), log.clone())?);
+        making.vm = Some(Arc::clone(&vm));
+        self.mark("vmm_spawned_ns");
+        let holder = Holder::spawn(&bundle.network)?;
+        let processes = (vm.id(), holder.id());
+        making.holder = Some(holder);
+        dir.record(|record| {
+            record.shim = ProcessId::this().ok();
+            (record.vmm, record.holder) = (Some(processes.0), Some(processes.1));
+        })
+        .map_err(dir_error)?;
+        info!(log, "virtual machine started"; "task" => id, "vmm" => processes.0.pid, "holder" => processes.1.pid,
+            "vcpus" => machine.vcpus, "memory_mib" => machine.memory_mib);
+
+        // The guest boots while its disks are prepared.
+        let booting = Notify::new();
+        let guest = async {
+            let deadline = Instant::now() + config.boot_deadline();
+            vm.boot(config, &files).await?;
+            self.mark("vmm_ready_ns");
+            booting.notify_one();
+            vm.ready(deadline, config).await?;
+            let guest = with_vm(&vm, "connecting to the agent", Guest::connect(Arc::clone(&vm))).await?;
+            with_vm(&vm, "setting the guest up", guest.setup(&bundle.hostname)).await?;
+            self.mark("agent_ready_ns");
+            Ok::<_, Error>(Arc::new(guest))
+        };
+        let disks = async {
+            let disks = rootfs::prepare(&wanted, source, log).await?;
+            self.mark("rootfs_ready_ns");
+            booting.notified().await;
+            let mut rootfs = GuestRootfs::default();
+            for file in &disks.lower {
+                rootfs.lower.push(vm.attach_disk(file, true).await?);
+            }
+            rootfs.writable = vm.attach_disk(&disks.writable, false).await?;
+            Ok::<_, Error>(rootfs)
+        };
+        let (guest, rootfs) = tokio::try_join!(guest, disks)?;
+
+        with_vm(&vm, "creating the container", guest.create(id, bundle.guest_spec, rootfs, stdio.wanted()))
+            .await?;
+        self.mark("container_created_ns");
+        let streams = Streams::attach(&guest, id, stdio.terminal, fifos, log);
+        let streams = with_vm(&vm, "connecting standard streams", streams).await?;
+        let holder = making.holder.take().ok_or_else(|| Error::Abandoned(id.into()))?;
+        let parts = Parts {
+            id: id.into(),
+            bundle: bundle.path.display().to_string(),
+            stdio,
+            vm: Arc::clone(&vm),
+            guest,
+            streams,
+            holder,
+        };
+        let container = Arc::new(Container::new(parts, self.context.events.clone(), log));
+        self.context.events.send(created_event(request, container.pid));
+        let this = Arc::clone(self);
+        tokio::spawn(Arc::clone(&container).watch(move || this.mark("exit_seen_ns")));
+        Ok(container)
+    }
+
+    pub(crate) async fn start(&self, id: &str) -> Result<u32, Error> {
+        let container = self.container(id)?;
+        container.start().await?;
+        self.mark("container_started_ns");
+        Ok(container.pid)
+    }
+
+    /// Deletes the container; with the last one the VM goes.
+    pub(crate) async fn delete(self: &Arc<Self>, id: &str) -> Result<(u32, Exit), Error> {
+        let container = self.container(id)?;
+        let exit = container.delete().await?;
+        let last = {
+            let mut slots = lock(&self.slots);
+            slots.remove(id);
+            slots.is_empty()
+        };
+        if last {
+            // The answer does not wait for the host to take the VM's memory back.
+            let (this, vm) = (Arc::clone(self), Arc::clone(&container.vm));
+            *lock(&self.reclaiming) = Some(tokio::spawn(async move { this.reclaim(&vm).await }));
+        }
+        Ok((container.pid, exit))
+    }
+
+    /// Whether the shim may end: nothing is left and nothing new may come.
+    pub(crate) async fn close(&self) -> bool {
+        if lock(&self.slots).values().any(|slot| matches!(slot, Slot::Ready(_))) {
+            return false;
+        }
+        self.closing.send_replace(true);
+        loop {
+            let created = self.created.notified();
+            tokio::pin!(created);
+            created.as_mut().enable();
+            if lock(&self.slots).is_empty() {
+                break;
+            }
+            created.await;
+        }
+        true
+    }
+
+    /// Ends everything, whatever runs: the shim was told to go (SIGTERM).
+    pub(crate) async fn abandon(self: &Arc<Self>) {
+        if self.close().await {
+            return;
+        }
+        let containers: Vec<Arc<Container>> = lock(&self.slots)
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::Ready(container) => Some(Arc::clone(container)),
+                Slot::Creating => None,
+            })
+            .collect();
+        for container in containers {
+            container.vm.kill().await;
+            let _ = tokio::time::timeout(Duration::from_secs(5), container.wait()).await;
+            if let Err(error) = self.delete(&container.id).await {
+                warn!(self.context.log, "delete at shutdown"; "task" => &container.id, "error" => %error);
+            }
+        }
+    }
+
+    /// Waits until the VM of deleted containers is gone.
+    pub(crate) async fn reclaimed(&self) {
+        let reclaiming = lock(&self.reclaiming).take();
+        if let Some(reclaiming) = reclaiming {
+            let _ = reclaiming.await;
+        }
+    }
+
+    async fn reclaim(&self, vm: &Vm) {
+        self.write_timeline(vm).await;
+        vm.kill().await;
+        let config = &self.context.config;
+        match RunDir::create(&config.run_dir, &self.context.namespace, &self.context.id) {
+            Ok(dir) => self.remove_dir(&dir),
+            Err(error) => warn!(self.context.log, "run-time directory"; "error" => %error),
+        }
+    }
+
+    fn remove_dir(&self, dir: &RunDir) {
+        if let Err(error) = dir.remove() {
+            let path = dir.path().display().to_string();
+            warn!(self.context.log, "run-time directory not removed"; "path" => path, "error" => %error);
+        }
+    }
+
+    fn mark(&self, event: &'static str) {
+        if self.context.config.timeline.is_some() {
+            lock(&self.timeline).mark(event);
+        }
+    }
+
+    async fn write_timeline(&self, vm: &Vm) {
+        let Some(path) = &self.context.config.timeline else { return };
+        let mut timeline = std::mem::take(&mut *lock(&self.timeline));
+        timeline.set("id", self.context.id.clone());
+        if !vm.has_ended()
+            && let Ok(metrics) = vm.metrics().await
+        {
+            timeline.set("kernel_entry_ns", metrics.boot.entered_ns);
+        }
+        if let Some(kib) = timeline::rss_kib(std::process::id()) {
+            timeline.set("shim_rss_kib", kib);
+        }
+        if let Some((own, guest)) = timeline::vmm_rss_kib(vm.id().pid, vm.machine().memory_mib) {
+            timeline.set("vmm_rss_kib", own);
+            timeline.set("guest_rss_kib", guest);
+        }
+        if let Err(error) = timeline.write(path) {
+            warn!(self.context.log, "timeline not written"; "path" => %path.display(), "error" => %error);
+        }
+    }
+}
+
+fn created_event(request: &CreateTaskRequest, pid: u32) -> TaskCreate {
+    TaskCreate {
+        container_id: request.id.clone(),
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs.clone(),
+        io: Some(TaskIO {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            ..Default::default()
+        })
+        .into(),
+        checkpoint: request.checkpoint.clone(),
+        pid,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,428 @@
+//! The virtual machine of a sandbox: the sole user of `spore_vmm::api` and the single
+//! owner of the VMM process. The shim opens what the VMM needs and hands descriptors over
+//! the control socket (DESIGN 1); the VMM ends on every path: its owner's drop kills it,
+//! and the end of the control socket ends it when the shim is killed.
+
+mod control;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use slog::{Logger, info, warn};
+use spore_agent_api::READY_PORT;
+use spore_vmm::api::{
+    Call, ConsoleConfig, DiskConfig, EndReason, Event, FailureCode, FdIndex, Metrics, PROTOCOL_VERSION,
+    Reply, VmConfig, VsockConfig,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+
+use self::control::{CallError, Control};
+use crate::config::{Config, Machine};
+use crate::process::{self, ProcessId};
+use crate::rundir::RunDir;
+
+/// Name of the vsock socket and of the logs in the run-time directory.
+pub(crate) const VSOCK: &str = "vsock.sock";
+const CONSOLE: &str = "console.log";
+const VMM_LOG: &str = "vmm.log";
+const CONSOLE_CAP: u64 = 1 << 20;
+/// Lines and bytes of a log that an error shows.
+const TAIL_LINES: usize = 12;
+const TAIL_BYTES: u64 = 4096;
+/// Every guest has the same id: each has its own vsock device and socket.
+const GUEST_CID: u32 = 3;
+/// A VMM that does not answer the control socket in this time is stuck.
+const CALL_DEADLINE: Duration = Duration::from_secs(60);
+const UNEXPLAINED: &str = "the virtual machine monitor ended without a reason";
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmError {
+    #[error("{what} {path}: cannot be opened: {source}; {mend}")]
+    HostFile { what: &'static str, path: PathBuf, source: io::Error, mend: String },
+    #[error("virtual machine monitor {path}: cannot be started: {source}")]
+    Spawn { path: PathBuf, source: io::Error },
+    #[error("virtual machine: {operation}: {source}")]
+    Host { operation: &'static str, source: io::Error },
+    #[error("virtual machine: {operation}: {message}")]
+    Refused { operation: &'static str, message: String },
+    #[error("virtual machine ended while {phase}: {cause}{tail}")]
+    Ended { phase: &'static str, cause: String, tail: String },
+    #[error(
+        "virtual machine: the guest did not become ready within {seconds} s (boot_deadline_s); is this kernel able to run on this host's KVM?{tail}"
+    )]
+    BootDeadline { seconds: u64, tail: String },
+    #[error("virtual machine: {operation}: no answer from the virtual machine monitor within {seconds} s")]
+    Stuck { operation: &'static str, seconds: u64 },
+}
+
+/// Host files, opened before anything is started, so that what is missing is named.
+pub(crate) struct HostFiles {
+    kvm: File,
+    kernel: File,
+    initramfs: File,
+}
+
+impl HostFiles {
+    pub(crate) fn open(config: &Config) -> Result<Self, VmError> {
+        let kvm_path = Path::new("/dev/kvm");
+        let kvm = OpenOptions::new().read(true).write(true).open(kvm_path).map_err(|source| VmError::HostFile {
+            what: "KVM device",
+            path: kvm_path.into(),
+            source,
+            mend: "load the module kvm_intel or kvm_amd, enable virtualisation in the firmware, or allow nested virtualisation".into(),
+        })?;
+        let open = |what, path: &Path, key| {
+            let file = File::open(path).and_then(|file| match file.metadata()? {
+                metadata if !metadata.is_file() => Err(io::Error::other("not a regular file")),
+                metadata if metadata.len() == 0 => Err(io::Error::other("the file is empty")),
+                _ => Ok(file),
+            });
+            file.map_err(|source| VmError::HostFile {
+                what,
+                path: path.into(),
+                source,
+                mend: format!("install it or set \"{key}\" in {}", crate::config::PATH),
+            })
+        };
+        Ok(Self {
+            kvm,
+            kernel: open("guest kernel", &config.kernel, "kernel")?,
+            initramfs: open("guest initramfs", &config.initramfs, "initramfs")?,
+        })
+    }
+}
+
+/// How a VMM came to its end.
+#[derive(Debug, Clone)]
+pub(crate) struct End {
+    pub(crate) cause: String,
+}
+
+/// One VMM process and its VM.
+pub(crate) struct Vm {
+    control: Control,
+    dir: Arc<RunDir>,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    id: ProcessId,
+    machine: Machine,
+    ready: watch::Receiver<bool>,
+    end: watch::Receiver<Option<End>>,
+    log: Logger,
+}
+
+impl Vm {
+    /// Starts the VMM process. Must be called on the thread that lives as long as the shim.
+    pub(crate) fn spawn(
+        config: &Config,
+        machine: &Machine,
+        dir: Arc<RunDir>,
+        log: Logger,
+    ) -> Result<Self, VmError> {
+        let host = |operation| move |source| VmError::Host { operation, source };
+        let (ours, theirs) = control::pair().map_err(host("make the control socket"))?;
+        let log_file = create(&dir.file(VMM_LOG)).map_err(host("create the VMM's log"))?;
+        // The one descriptor that the VMM inherits. Until it is closed here, whatever else the
+        // shim would start inherits it too and would hide our end of file from the VMM: no
+        // helper process is started by another thread before the VMM is.
+        let inherited = nix::unistd::dup(&theirs)
+            .map_err(|error| VmError::Host { operation: "make the control socket", source: error.into() })?;
+        let mut child = Command::new(&config.vmm)
+            .args(["--control-fd", &inherited.as_raw_fd().to_string()])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log_file))
+            .spawn()
+            .map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
+        drop((inherited, theirs));
+        let adopted = process::pidfd_open(child.id())
+            .and_then(|pidfd| Ok((process::watch(pidfd, Interest::READABLE)?, ProcessId::of(child.id())?)));
+        let (pidfd, id) = match adopted {
+            Ok((pidfd, id)) => (Arc::new(pidfd), id),
+            Err(source) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(VmError::Spawn { path: config.vmm.clone(), source });
+            }
+        };
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let (ready_sender, ready) = watch::channel(false);
+        let (end_sender, end) = watch::channel(None);
+        let reason = Arc::new(Mutex::new(None));
+        let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
+        let drained = tokio::spawn(follow(events, ready_sender, Arc::clone(&reason)));
+        tokio::spawn(monitor(child, Arc::clone(&pidfd), drained, reason, end_sender, log.clone()));
+        Ok(Self { control, dir, pidfd, id, machine: machine.clone(), ready, end, log })
+    }
+
+    pub(crate) fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Builds the VM and lets it run.
+    pub(crate) async fn boot(&self, config: &Config, files: &HostFiles) -> Result<(), VmError> {
+        let host = |operation| move |source| VmError::Host { operation, source };
+        let console = create(&self.dir.file(CONSOLE)).map_err(host("create the console's log"))?;
+        let listener = UnixListener::bind(self.dir.socket(VSOCK)).map_err(host("make the vsock socket"))?;
+        let mut cmdline = spore_vmm::DEFAULT_CMDLINE.to_string();
+        for more in [config.kernel_args.as_str(), if self.machine.debug { "loglevel=7" } else { "" }] {
+            if !more.is_empty() {
+                cmdline.push(' ');
+                cmdline.push_str(more);
+            }
+        }
+        let fds = [
+            files.kvm.as_raw_fd(),
+            files.kernel.as_raw_fd(),
+            files.initramfs.as_raw_fd(),
+            console.as_raw_fd(),
+            listener.as_raw_fd(),
+        ];
+        let configuration = VmConfig {
+            protocol: PROTOCOL_VERSION,
+            vcpus: self.machine.vcpus,
+            memory_mib: self.machine.memory_mib,
+            kvm: FdIndex(0),
+            kernel: FdIndex(1),
+            initrd: Some(FdIndex(2)),
+            cmdline,
+            console: Some(ConsoleConfig { output: FdIndex(3), input: None, cap_bytes: CONSOLE_CAP }),
+            vsock: Some(VsockConfig {
+                guest_cid: GUEST_CID,
+                listener: FdIndex(4),
+                host_ports: vec![READY_PORT],
+            }),
+            disks: Vec::new(),
+        };
+        self.call("configure", Call::Configure(configuration), &fds).await?;
+        self.call("boot", Call::Boot, &[]).await.map(drop)
+    }
+
+    /// Puts a disk into a free slot and returns the serial by which the guest knows it.
+    pub(crate) async fn attach_disk(&self, file: &File, read_only: bool) -> Result<String, VmError> {
+        let call = Call::AttachDisk(DiskConfig { file: FdIndex(0), read_only });
+        match self.call("attach a disk", call, &[file.as_raw_fd()]).await? {
+            Reply::Attached(disk) => Ok(disk.serial),
+            other => Err(unexpected("attach a disk", &other)),
+        }
+    }
+
+    pub(crate) async fn metrics(&self) -> Result<Metrics, VmError> {
+        match self.call("metrics", Call::Metrics, &[]).await? {
+            Reply::Metrics(metrics) => Ok(metrics),
+            other => Err(unexpected("metrics", &other)),
+        }
+    }
+
+    async fn call(&self, operation: &'static str, call: Call, fds: &[RawFd]) -> Result<Reply, VmError> {
+        let answer = tokio::time::timeout(CALL_DEADLINE, self.control.call(call, fds)).await;
+        match answer {
+            Err(_) => Err(VmError::Stuck { operation, seconds: CALL_DEADLINE.as_secs() }),
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(CallError::Io(source))) => Err(VmError::Host { operation, source }),
+            Ok(Err(CallError::Refused(failure))) if failure.code != FailureCode::Fatal => {
+                Err(VmError::Refused { operation, message: failure.message })
+            }
+            Ok(Err(CallError::Refused(failure))) => Err(self.ended_error(operation, failure.message)),
+            Ok(Err(CallError::Closed)) => {
+                let cause = self.ended().await.cause;
+                Err(self.ended_error(operation, cause))
+            }
+        }
+    }
+
+    /// Waits for the agent's sign of life, or says why there is none.
+    pub(crate) async fn ready(&self, deadline: tokio::time::Instant, config: &Config) -> Result<(), VmError> {
+        let mut ready = self.ready.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = ready.wait_for(|ready| *ready) => outcome.map(drop).map_err(|_| ()),
+            end = self.ended() => return Err(self.ended_error("booting", end.cause)),
+            () = tokio::time::sleep_until(deadline) => {
+                let tail = self.tail(true);
+                return Err(VmError::BootDeadline { seconds: config.boot_deadline_s, tail });
+            }
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(()) => {
+                let cause = self.ended().await.cause;
+                Err(self.ended_error("booting", cause))
+            }
+        }
+    }
+
+    /// Waits until the VMM process has ended.
+    pub(crate) async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(end)) => end,
+            _ => End { cause: "the virtual machine monitor is gone".into() },
+        }
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
+    /// An error for a phase that the end of the VM cut short.
+    pub(crate) fn ended_error(&self, phase: &'static str, cause: String) -> VmError {
+        let tail = self.tail(cause.contains(UNEXPLAINED));
+        VmError::Ended { phase, cause, tail }
+    }
+
+    /// Connects to a vsock port of the guest.
+    pub(crate) async fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = UnixStream::connect(self.dir.socket(VSOCK)).await?;
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+        // Byte by byte: what follows the line belongs to the stream.
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            if line.len() > 32 {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "vsock: the answer to CONNECT is too long",
+                ));
+            }
+            let refused =
+                || io::Error::new(io::ErrorKind::ConnectionRefused, format!("vsock port {port}: refused"));
+            line.push(stream.read_u8().await.map_err(|_| refused())?);
+        }
+        if line.starts_with(b"OK ") {
+            Ok(stream)
+        } else {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "vsock: CONNECT was not answered by OK"))
+        }
+    }
+
+    /// Ends the VMM and waits until it is gone.
+    pub(crate) async fn kill(&self) {
+        self.signal_kill();
+        if tokio::time::timeout(END_DEADLINE, self.ended()).await.is_err() {
+            warn!(self.log, "the VMM survives SIGKILL"; "vmm" => self.id.pid);
+        }
+    }
+
+    fn signal_kill(&self) {
+        // The monitor reaps the child only after the pidfd told it of the end, and the
+        // pidfd goes on naming that process alone.
+        let _ = process::pidfd_kill(self.pidfd.get_ref(), libc::SIGKILL);
+    }
+
+    /// The ends of the guest's and, when it did not say why it ended, the VMM's output.
+    fn tail(&self, unexplained: bool) -> String {
+        let mut text = String::new();
+        let logs = [("virtual machine monitor", VMM_LOG), ("guest console", CONSOLE)];
+        for (name, file) in logs.into_iter().skip(usize::from(!unexplained)) {
+            let tail = tail(&self.dir.file(file)).unwrap_or_default();
+            if !tail.is_empty() {
+                text.push_str(&format!("; last lines of the {name}: {tail}"));
+            }
+        }
+        if text.is_empty() { "; the guest console is empty".into() } else { text }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.signal_kill();
+    }
+}
+
+fn unexpected(operation: &'static str, reply: &Reply) -> VmError {
+    VmError::Refused { operation, message: format!("unexpected reply {reply:?}") }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// The last lines of a file, joined for an error message; control characters left out.
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<String> = text
+        .lines()
+        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>().trim().to_string())
+        .filter(|line| !line.is_empty())
+        .collect();
+    Ok(lines[lines.len().saturating_sub(TAIL_LINES)..].join(" | "))
+}
+
+/// Takes the VMM's events as they come.
+async fn follow(
+    mut events: mpsc::UnboundedReceiver<(Event, Vec<OwnedFd>)>,
+    ready: watch::Sender<bool>,
+    reason: Arc<Mutex<Option<EndReason>>>,
+) {
+    while let Some((event, _fds)) = events.recv().await {
+        match event {
+            Event::GuestConnection { port: READY_PORT } => drop(ready.send(true)),
+            Event::GuestConnection { .. } => {}
+            Event::Ended(why) => {
+                *reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(why);
+            }
+        }
+    }
+}
+
+/// Waits for the end of the process, reaps it, and tells why.
+async fn monitor(
+    mut child: Child,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    drained: tokio::task::JoinHandle<()>,
+    reason: Arc<Mutex<Option<EndReason>>>,
+    end: watch::Sender<Option<End>>,
+    log: Logger,
+) {
+    let _ = pidfd.readable().await.map(|mut guard| guard.clear_ready());
+    let status = child.wait();
+    // The last event may still be in the socket; its end of file is at hand.
+    let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
+    let reason = reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    let cause = describe(reason.as_ref(), status.ok());
+    info!(log, "the VMM has ended"; "vmm" => child.id(), "cause" => &cause);
+    let _ = end.send(Some(End { cause }));
+}
+
+fn describe(reason: Option<&EndReason>, status: Option<ExitStatus>) -> String {
+    match reason {
+        Some(EndReason::Shutdown) => "the guest powered itself off".into(),
+        Some(EndReason::Reset) => "the guest asked for a reset (a kernel panic does that)".into(),
+        Some(EndReason::TripleFault { vcpu, registers }) => format!("vCPU {vcpu}: triple fault; {registers}"),
+        Some(EndReason::InternalError { vcpu, detail, registers }) => {
+            let vcpu = vcpu.map(|vcpu| format!("vCPU {vcpu}: ")).unwrap_or_default();
+            let registers = registers.as_ref().map(|registers| format!("; {registers}")).unwrap_or_default();
+            format!("{vcpu}{detail}{registers}")
+        }
+        Some(EndReason::Forced) => "the guest ignored the power button".into(),
+        None => match status {
+            Some(status) => format!("{UNEXPLAINED} ({status})"),
+            None => UNEXPLAINED.into(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

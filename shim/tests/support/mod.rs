@@ -1,0 +1,328 @@
+//! A VMM and an agent that are none: they speak the control protocol and the agent's API,
+//! and run a "container's" process on the host. The shim under test cannot tell, so its own
+//! work is tested where no VM can boot. Started by the shim through a script that re-runs
+//! the test binary with the ignored test `fake_vmm`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener as StdListener;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde_json::Value;
+use spore_agent_api::stream::{HEADER_LEN, Hello, Kind};
+use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
+use spore_agent_api::{RPC_PORT, STDIO_PORT};
+use spore_vmm::api::{
+    AttachedDisk, BootTimes, Call, EndReason, Event, MAX_MESSAGE, Message, Metrics, Reply, Request,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::process::{ChildStderr, ChildStdin, ChildStdout};
+use tokio::sync::watch;
+use ttrpc::r#async::{Server, TtrpcContext};
+
+/// Kernel command line words (`kernel_args`) that make the fake misbehave.
+pub(crate) const HANG: &str = "fake.hang";
+pub(crate) const PANIC: &str = "fake.panic";
+
+fn receive(socket: RawFd) -> Option<(Request, Vec<OwnedFd>)> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let mut space = nix::cmsg_space!([RawFd; 64]);
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let message = recvmsg::<()>(socket, &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).ok()?;
+    let length = message.bytes;
+    let mut fds = Vec::new();
+    for control in message.cmsgs().unwrap() {
+        if let ControlMessageOwned::ScmRights(rights) = control {
+            #[allow(unsafe_code)]
+            // SAFETY: recvmsg has just installed these descriptors for us alone.
+            fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    (length > 0).then(|| (serde_json::from_slice(&buffer[..length]).unwrap(), fds))
+}
+
+fn send(socket: RawFd, message: &Message, fds: &[RawFd]) {
+    let packet = serde_json::to_vec(message).unwrap();
+    let rights = [ControlMessage::ScmRights(fds)];
+    let rights = if fds.is_empty() { &rights[..0] } else { &rights[..] };
+    sendmsg::<()>(socket, &[IoSlice::new(&packet)], rights, MsgFlags::empty(), None).unwrap();
+}
+
+/// The process that the shim believes to be spore-vmm; its control socket is descriptor 0.
+pub(crate) fn fake_vmm() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let (mut read_only, mut writable) = (0, 0);
+    let mut cmdline = String::new();
+    let mut console: Option<std::fs::File> = None;
+    let mut disks = Vec::new();
+    while let Some((request, mut fds)) = receive(0) {
+        let reply = match request.call {
+            Call::Configure(config) => {
+                cmdline = config.cmdline.clone();
+                let listener = fds.remove(config.vsock.as_ref().unwrap().listener.0 as usize);
+                let listener = StdListener::from(listener);
+                listener.set_nonblocking(true).unwrap();
+                console = Some(fds.remove(config.console.unwrap().output.0 as usize).into());
+                runtime.spawn(vsock(listener));
+                Reply::Configured { read_only_slots: 12, writable_slots: 12, disks: Vec::new() }
+            }
+            Call::Boot => {
+                send(0, &Message::Response { id: request.id, result: Ok(Reply::Done) }, &[]);
+                let mut console = console.take().unwrap();
+                use std::io::Write;
+                writeln!(console, "fake guest boots").unwrap();
+                if cmdline.contains(PANIC) {
+                    writeln!(console, "Kernel panic - not syncing: no working init found").unwrap();
+                    send(0, &Message::Event(Event::Ended(EndReason::Reset)), &[]);
+                    return;
+                }
+                if !cmdline.contains(HANG) {
+                    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+                    send(0, &Message::Event(Event::GuestConnection { port: 1024 }), &[ours.as_raw_fd()]);
+                }
+                continue;
+            }
+            Call::AttachDisk(disk) => {
+                let (prefix, count) =
+                    if disk.read_only { ("ro", &mut read_only) } else { ("rw", &mut writable) };
+                let serial = format!("{prefix}{count}");
+                *count += 1;
+                // A descriptor that stays open: the lock on the writable layer stays too.
+                disks.append(&mut fds);
+                Reply::Attached(AttachedDisk { serial })
+            }
+            Call::Metrics => Reply::Metrics(Metrics {
+                boot: BootTimes { entered_ns: 7, ..Default::default() },
+                ..Default::default()
+            }),
+            _ => Reply::Done,
+        };
+        send(0, &Message::Response { id: request.id, result: Ok(reply) }, &[]);
+    }
+    std::process::exit(0);
+}
+
+struct Process {
+    stdin: Option<ChildStdin>,
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+    pid: u32,
+    spec: Value,
+    stdio: container::Stdio,
+    started: bool,
+    exit: watch::Sender<Option<u32>>,
+    attached: HashMap<u8, UnixStream>,
+}
+
+type Processes = Arc<Mutex<HashMap<String, Process>>>;
+
+#[derive(Clone, Default)]
+struct Agent {
+    processes: Processes,
+}
+
+async fn vsock(listener: StdListener) {
+    let agent = Agent::default();
+    let path = std::env::temp_dir().join(format!("fake-agent-{}", std::process::id()));
+    let mut services = sandbox_ttrpc::create_sandbox(Arc::new(agent.clone()));
+    services.extend(container_ttrpc::create_container(Arc::new(agent.clone())));
+    let mut server =
+        Server::new().bind(&format!("unix://{}", path.display())).unwrap().register_service(services);
+    server.start().await.unwrap();
+    let listener = UnixListener::from_std(listener).unwrap();
+    let rpc = UnixStream::connect(&path).await.unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let mut rpc = Some(rpc);
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let mut line = String::new();
+        while !line.ends_with('\n') {
+            line.push(char::from(stream.read_u8().await.unwrap()));
+        }
+        let port: u32 = line.trim().strip_prefix("CONNECT ").unwrap().parse().unwrap();
+        stream.write_all(b"OK 1073741824\n").await.unwrap();
+        match port {
+            RPC_PORT => {
+                let mut rpc = rpc.take().expect("one connection of the shim");
+                tokio::spawn(async move { copy_bidirectional(&mut stream, &mut rpc).await });
+            }
+            STDIO_PORT => drop(tokio::spawn(stdio(agent.clone(), stream))),
+            other => panic!("port {other}"),
+        }
+    }
+}
+
+async fn stdio(agent: Agent, mut stream: UnixStream) {
+    let mut header = [0; HEADER_LEN];
+    stream.read_exact(&mut header).await.unwrap();
+    let mut body = vec![0; Hello::body_len(&header).unwrap()];
+    stream.read_exact(&mut body).await.unwrap();
+    let hello = Hello::decode(&header, &body).unwrap();
+    stream.write_all(&[0]).await.unwrap();
+    let mut processes = agent.processes.lock().unwrap();
+    processes.get_mut(&hello.id).unwrap().attached.insert(hello.kind as u8, stream);
+}
+
+fn status(code: ttrpc::Code, message: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
+}
+
+#[async_trait]
+impl sandbox_ttrpc::Sandbox for Agent {
+    async fn setup(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::SetupRequest,
+    ) -> ttrpc::Result<sandbox::SetupResponse> {
+        assert!(request.entropy.len() >= 32 && request.wall_clock_ns > 0);
+        Ok(sandbox::SetupResponse::new())
+    }
+}
+
+#[async_trait]
+impl container_ttrpc::Container for Agent {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: container::CreateRequest,
+    ) -> ttrpc::Result<container::CreateResponse> {
+        let spec: Value = serde_json::from_slice(&request.spec).unwrap();
+        let program = spec["process"]["args"][0].as_str().unwrap();
+        let found = ["/bin", "/usr/bin"]
+            .iter()
+            .any(|dir| Path::new(dir).join(program.trim_start_matches('/')).exists());
+        if !found && !Path::new(program).exists() {
+            return Err(status(
+                ttrpc::Code::NOT_FOUND,
+                &format!("exec: \"{program}\": executable file not found in $PATH"),
+            ));
+        }
+        let rootfs = request.rootfs.unwrap();
+        assert_eq!(rootfs.writable, "rw0");
+        assert_eq!(rootfs.lower.first().map(String::as_str), Some("ro0"));
+        let process = Process {
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            pid: 0,
+            spec,
+            stdio: request.stdio.unwrap(),
+            started: false,
+            exit: watch::Sender::new(None),
+            attached: HashMap::new(),
+        };
+        self.processes.lock().unwrap().insert(request.id, process);
+        Ok(container::CreateResponse { pid: 1, ..Default::default() })
+    }
+
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        request: container::StartRequest,
+    ) -> ttrpc::Result<container::StartResponse> {
+        let mut processes = self.processes.lock().unwrap();
+        let process = processes.get_mut(&request.id).unwrap();
+        let args: Vec<String> = process.spec["process"]["args"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|a| a.as_str().unwrap().into())
+            .collect();
+        let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
+        let mut child = tokio::process::Command::new(&args[0])
+            .args(&args[1..])
+            .stdin(piped(process.stdio.stdin))
+            .stdout(piped(process.stdio.stdout))
+            .stderr(piped(process.stdio.stderr))
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        process.pid = child.id().unwrap();
+        process.started = true;
+        if let Some((mut stream, mut pipe)) =
+            process.attached.remove(&(Kind::Stdin as u8)).zip(child.stdin.take())
+        {
+            tokio::spawn(async move { copy(&mut stream, &mut pipe).await });
+        }
+        if let Some((mut stream, mut pipe)) =
+            process.attached.remove(&(Kind::Stdout as u8)).zip(child.stdout.take())
+        {
+            tokio::spawn(async move { copy(&mut pipe, &mut stream).await });
+        }
+        if let Some((mut stream, mut pipe)) =
+            process.attached.remove(&(Kind::Stderr as u8)).zip(child.stderr.take())
+        {
+            tokio::spawn(async move { copy(&mut pipe, &mut stream).await });
+        }
+        let exit = process.exit.clone();
+        tokio::spawn(async move {
+            let end = child.wait().await.unwrap();
+            let code = end.code().or_else(|| end.signal().map(|signal| 128 + signal)).unwrap();
+            exit.send_replace(Some(u32::try_from(code).unwrap()));
+        });
+        Ok(container::StartResponse { pid: process.pid, ..Default::default() })
+    }
+
+    async fn state(
+        &self,
+        _: &TtrpcContext,
+        request: container::StateRequest,
+    ) -> ttrpc::Result<container::StateResponse> {
+        let pid = self.processes.lock().unwrap()[&request.id].pid;
+        Ok(container::StateResponse { pid, ..Default::default() })
+    }
+
+    async fn wait(
+        &self,
+        _: &TtrpcContext,
+        request: container::WaitRequest,
+    ) -> ttrpc::Result<container::WaitResponse> {
+        let mut exit = self.processes.lock().unwrap()[&request.id].exit.subscribe();
+        let exit_status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(container::WaitResponse { exit_status, ..Default::default() })
+    }
+
+    async fn signal(
+        &self,
+        _: &TtrpcContext,
+        request: container::SignalRequest,
+    ) -> ttrpc::Result<container::SignalResponse> {
+        let processes = self.processes.lock().unwrap();
+        let process = &processes[&request.id];
+        if !process.started {
+            process.exit.send_replace(Some(128 + request.signal));
+        } else if process.exit.borrow().is_some() {
+            return Err(status(ttrpc::Code::NOT_FOUND, "no such process"));
+        } else {
+            let signal = nix::sys::signal::Signal::try_from(i32::try_from(request.signal).unwrap()).unwrap();
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(process.pid).unwrap()), signal)
+                .unwrap();
+        }
+        Ok(container::SignalResponse::new())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        _: container::DeleteRequest,
+    ) -> ttrpc::Result<container::DeleteResponse> {
+        Ok(container::DeleteResponse::new())
+    }
+
+    async fn pids(
+        &self,
+        _: &TtrpcContext,
+        request: container::PidsRequest,
+    ) -> ttrpc::Result<container::PidsResponse> {
+        let pid = self.processes.lock().unwrap()[&request.id].pid;
+        Ok(container::PidsResponse { pids: vec![pid, pid + 1], ..Default::default() })
+    }
+}

@@ -1,0 +1,133 @@
+//! The cold start of a container, from the first instruction of `ctr run --rm` to its end.
+//!
+//! Runs alternate between the two runtimes, so that what slows the machine slows both. The
+//! phases come from the shim's own timeline (`timeline` in its configuration), on the
+//! ground's CLOCK_MONOTONIC.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value};
+use spore_harness::containerd::{Containerd, Runtime, series};
+use spore_harness::image::{self, BUSYBOX};
+
+use crate::report::Row;
+use crate::stats::Sample;
+
+const HOME: &str = "/srv/bench";
+const CONFIG: &str = "/etc/spore/config.toml";
+const TIMELINE: &str = "/srv/bench/timeline.jsonl";
+/// Series of containerd to measure with: the one of Debian stable.
+const SERIES: &str = "1.7";
+
+/// Aims of the project, see the README of this folder.
+const SHIM_KIB: f64 = 8.0 * 1024.0;
+const VMM_KIB: f64 = 5.0 * 1024.0;
+
+/// Phases: name, the timeline's key where it begins and where it ends.
+const PHASES: &[(&str, &str, &str)] = &[
+    ("shim: start until it serves", "shim_start_ns", "serving_ns"),
+    ("shim: rootfs prepared", "create_ns", "rootfs_ready_ns"),
+    ("VMM: process spawned", "rootfs_ready_ns", "vmm_spawned_ns"),
+    ("VMM: configured", "vmm_spawned_ns", "vmm_ready_ns"),
+    ("VMM: guest entered", "vmm_ready_ns", "kernel_entry_ns"),
+    ("guest kernel and agent up", "kernel_entry_ns", "agent_ready_ns"),
+    ("container created", "agent_ready_ns", "container_created_ns"),
+    ("container started", "container_created_ns", "container_started_ns"),
+    ("container ran until exit seen", "container_started_ns", "exit_seen_ns"),
+];
+/// The guest's own boot, which is not Spore's to shorten here.
+const BOOT: (&str, &str) = ("kernel_entry_ns", "agent_ready_ns");
+
+pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<Row>> {
+    let directory = PathBuf::from(HOME);
+    fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
+    record_timelines()?;
+    let all = series()?;
+    let chosen = all.iter().find(|found| *found == SERIES).or(all.last()).context("the ground has no containerd")?;
+    eprintln!("coldstart: starting containerd {chosen}");
+    let log = results.join("logs/containerd.log");
+    let containerd = Containerd::start(chosen, &directory.join("containerd"), &log)?;
+    let archive = directory.join("image.tar");
+    image::write_images(Path::new("/bin/busybox"), &archive)?;
+    containerd.import(&archive, "overlayfs", &[])?;
+
+    let (mut reference, mut measured) = (Vec::new(), Vec::new());
+    for pair in 0..=pairs {
+        let runc = once(&containerd, Runtime::Runc, &format!("runc-{pair}"))?;
+        let ours = once(&containerd, runtime, &format!("{}-{pair}-measured", runtime.name()))?;
+        eprintln!(
+            "coldstart: pair {pair} of {pairs}: runc {runc:.0} ms, {} {ours:.0} ms{}",
+            runtime.name(),
+            if pair == 0 { " (warm-up, not counted)" } else { "" },
+        );
+        if pair > 0 {
+            reference.push(runc);
+            measured.push(ours);
+        }
+    }
+    drop(containerd);
+    let (reference, measured) = (Sample::new(reference), Sample::new(measured));
+    let lines = timelines(results)?;
+    let mut rows = vec![
+        Row::new("ctr run --rm with runc", "ms", &reference),
+        Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &measured).against(&reference, None),
+    ];
+    if runtime == Runtime::Spore {
+        ensure!(lines.len() >= pairs, "the shim wrote {} timelines of {pairs} runs to {TIMELINE}", lines.len());
+        rows.extend(of_timelines(&lines[lines.len() - pairs..], &reference));
+    }
+    Ok(rows)
+}
+
+/// Time of one run in milliseconds.
+fn once(containerd: &Containerd, runtime: Runtime, id: &str) -> Result<f64> {
+    let output = containerd.ctr(&["run", "--rm", "--runtime", runtime.id(), BUSYBOX, id, "true"]).run()?;
+    ensure!(output.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{id}: {output}");
+    Ok(output.elapsed.as_secs_f64() * 1000.0)
+}
+
+fn record_timelines() -> Result<()> {
+    let config = fs::read_to_string(CONFIG).with_context(|| format!("reading {CONFIG}"))?;
+    fs::write(CONFIG, format!("timeline = \"{TIMELINE}\"\n{config}")).with_context(|| format!("writing {CONFIG}"))
+}
+
+fn timelines(results: &Path) -> Result<Vec<Map<String, Value>>> {
+    let Ok(text) = fs::read_to_string(TIMELINE) else { return Ok(Vec::new()) };
+    fs::write(results.join("timeline.jsonl"), &text)?;
+    text.lines().map(|line| serde_json::from_str(line).with_context(|| format!("reading a timeline: {line}"))).collect()
+}
+
+fn of_timelines(lines: &[Map<String, Value>], runc: &Sample) -> Vec<Row> {
+    let mut rows: Vec<_> = PHASES
+        .iter()
+        .map(|(name, from, to)| Row::new(name, "ms", &durations(lines, from, to)))
+        .collect();
+    let own = lines.iter().filter_map(|line| Some(span(line, "shim_start_ns", "exit_seen_ns")? - span(line, BOOT.0, BOOT.1)?));
+    rows.push(
+        Row::new("all but the guest's boot", "ms", &Sample::new(own.collect())).against(runc, Some(1.0)),
+    );
+    for (name, key, target) in [
+        ("resident: shim", "shim_rss_kib", Some(SHIM_KIB)),
+        ("resident: VMM without guest memory", "vmm_rss_kib", Some(VMM_KIB)),
+        ("resident: guest memory", "guest_rss_kib", None),
+    ] {
+        let sample = Sample::new(lines.iter().filter_map(|line| line.get(key)?.as_f64()).collect());
+        let row = Row::new(name, "KiB", &sample);
+        rows.push(match target {
+            Some(target) => row.at_most(target),
+            None => row,
+        });
+    }
+    rows
+}
+
+fn durations(lines: &[Map<String, Value>], from: &str, to: &str) -> Sample {
+    Sample::new(lines.iter().filter_map(|line| span(line, from, to)).collect())
+}
+
+/// Milliseconds between two marks of a timeline.
+fn span(line: &Map<String, Value>, from: &str, to: &str) -> Option<f64> {
+    Some((line.get(to)?.as_f64()? - line.get(from)?.as_f64()?) / 1e6)
+}

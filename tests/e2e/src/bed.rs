@@ -1,0 +1,192 @@
+//! What every case stands on: containerd instances started when first asked for, images,
+//! names that nobody else uses.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use anyhow::{Context, Result, anyhow};
+use spore_harness::containerd::{Call, Containerd, Output, Runtime};
+use spore_harness::image;
+use spore_harness::leftovers::{self, Inventory};
+
+use crate::cases::Case;
+
+const BUSYBOX_PROGRAM: &str = "/bin/busybox";
+/// Below it lie roots and states of the instances; on the ground's disk, as overlayfs needs.
+const HOME: &str = "/srv/e2e";
+/// Where a user's containerd would look for the shim.
+const SHIM: &str = "/usr/local/bin/containerd-shim-spore-v2";
+
+type Instance = Arc<OnceLock<Result<Containerd, String>>>;
+
+/// Shared by all cases.
+pub(crate) struct Bed {
+    directory: PathBuf,
+    logs: PathBuf,
+    instances: Mutex<BTreeMap<String, Instance>>,
+    /// Cases that count everything on the ground, or change its configuration, write; others read.
+    quiet: RwLock<()>,
+    next: AtomicUsize,
+}
+
+impl Bed {
+    /// Makes the images; starts nothing yet.
+    pub(crate) fn prepare() -> Result<Self> {
+        let directory = PathBuf::from(HOME);
+        fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
+        let results = std::env::var_os("SPORE_RESULTS").map_or_else(|| directory.clone(), PathBuf::from);
+        let bed = Self {
+            logs: results.join("logs"),
+            directory,
+            instances: Mutex::default(),
+            quiet: RwLock::new(()),
+            next: AtomicUsize::new(1),
+        };
+        let busybox = Path::new(BUSYBOX_PROGRAM);
+        image::write_images(busybox, &bed.archive())?;
+        image::write_foreign(busybox, &bed.foreign_archive())?;
+        image::write_rootfs(busybox, &bed.rootfs())?;
+        Ok(bed)
+    }
+
+    fn archive(&self) -> PathBuf {
+        self.directory.join("images.tar")
+    }
+
+    pub(crate) fn foreign_archive(&self) -> PathBuf {
+        self.directory.join("foreign.tar")
+    }
+
+    /// An unpacked image, for `--rootfs`.
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        self.directory.join("rootfs")
+    }
+
+    /// Stops every instance.
+    pub(crate) fn close(&self) {
+        self.instances.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn instance(&self, series: &str) -> Instance {
+        let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
+        let instance = Arc::clone(instances.entry(series.to_owned()).or_default());
+        drop(instances);
+        instance.get_or_init(|| self.start(series).map_err(|error| format!("{error:#}")));
+        instance
+    }
+
+    fn start(&self, series: &str) -> Result<Containerd> {
+        let log = self.logs.join(format!("containerd-{series}.log"));
+        let containerd = Containerd::start(series, &self.directory.join(series), &log)?;
+        containerd.import(&self.archive(), "overlayfs", &[])?;
+        Ok(containerd)
+    }
+}
+
+/// What a case is about: one runtime under one containerd.
+#[derive(Clone)]
+pub(crate) struct Subject {
+    pub(crate) bed: Arc<Bed>,
+    pub(crate) series: String,
+    pub(crate) runtime: Runtime,
+}
+
+impl Subject {
+    pub(crate) fn new(bed: Arc<Bed>, series: &str, runtime: Runtime) -> Self {
+        Self { bed, series: series.to_owned(), runtime }
+    }
+
+    /// Runs a case, alone if it asks for that.
+    pub(crate) fn perform(&self, case: &Case) -> Result<()> {
+        if self.runtime == Runtime::Spore && !Path::new(SHIM).exists() {
+            return Err(anyhow!("{SHIM} is not on the ground: it was not built (make build)"));
+        }
+        if case.alone {
+            let _all = self.bed.quiet.write().unwrap_or_else(PoisonError::into_inner);
+            (case.run)(self)
+        } else {
+            let _one = self.bed.quiet.read().unwrap_or_else(PoisonError::into_inner);
+            (case.run)(self)
+        }
+    }
+
+    pub(crate) fn is_spore(&self) -> bool {
+        self.runtime == Runtime::Spore
+    }
+
+    /// A name for a container, unique on this ground.
+    pub(crate) fn id(&self, what: &str) -> String {
+        format!("{what}-{}", self.bed.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Does something with the containerd, which is started when needed.
+    pub(crate) fn with<T>(&self, act: impl FnOnce(&Containerd) -> Result<T>) -> Result<T> {
+        let instance = self.bed.instance(&self.series);
+        match instance.get() {
+            Some(Ok(containerd)) => act(containerd),
+            Some(Err(error)) => Err(anyhow!("containerd {}: {error}", self.series)),
+            None => Err(anyhow!("containerd {} was not started", self.series)),
+        }
+    }
+
+    /// `ctr ARGS`.
+    pub(crate) fn ctr<S: AsRef<str>>(&self, args: &[S]) -> Result<Call> {
+        self.with(|containerd| Ok(containerd.ctr(args)))
+    }
+
+    /// `ctr ARGS`, which must succeed.
+    pub(crate) fn must<S: AsRef<str>>(&self, args: &[S]) -> Result<String> {
+        self.with(|containerd| containerd.must(args))
+    }
+
+    /// `ctr run --rm` of the busybox image.
+    pub(crate) fn run(&self, what: &str, command: &[&str]) -> Result<Call> {
+        self.run_with(what, &[], image::BUSYBOX, command)
+    }
+
+    /// `ctr run --rm` with options, an image and a command.
+    pub(crate) fn run_with(&self, what: &str, options: &[&str], image: &str, command: &[&str]) -> Result<Call> {
+        let id = self.id(what);
+        let mut args = vec!["run", "--rm", "--runtime", self.runtime.id()];
+        args.extend(options);
+        args.extend([image, id.as_str()]);
+        args.extend(command);
+        self.ctr(&args)
+    }
+
+    /// The same, run to its end in a shell of the image.
+    pub(crate) fn shell(&self, what: &str, script: &str) -> Result<Output> {
+        self.run(what, &["sh", "-c", script])?.run()
+    }
+
+    /// Directories of this containerd whose files are counted.
+    fn counted(&self) -> Result<Vec<PathBuf>> {
+        self.with(|containerd| Ok(vec![containerd.state()]))
+    }
+
+    /// What exists now, with the lists that containerd itself keeps.
+    pub(crate) fn inventory(&self) -> Result<(Inventory, Vec<String>)> {
+        Ok((Inventory::take(&self.counted()?)?, self.listed()?))
+    }
+
+    /// Fails when anything exists that was not there before.
+    pub(crate) fn nothing_beyond(&self, before: &(Inventory, Vec<String>)) -> Result<()> {
+        leftovers::none_since(&before.0, &self.counted()?)?;
+        let now = self.listed()?;
+        if now != before.1 {
+            return Err(anyhow!("containerd's own lists differ: before {:?}, now {now:?}", before.1));
+        }
+        Ok(())
+    }
+
+    fn listed(&self) -> Result<Vec<String>> {
+        let mut lists = vec![self.must(&["containers", "ls", "-q"])?, self.must(&["tasks", "ls", "-q"])?];
+        for snapshotter in ["overlayfs", "native"] {
+            lists.push(self.must(&["snapshots", "--snapshotter", snapshotter, "ls"])?);
+        }
+        Ok(lists)
+    }
+}

@@ -1,0 +1,162 @@
+//! A host that lacks something, or has it broken: one clear error, and nothing left.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+
+use super::bad_command::one_error;
+use super::{Case, expect_contains};
+use crate::bed::Subject;
+use crate::host::{Config, Over};
+
+pub(crate) const CASES: &[Case] = &[
+    case("bad_host::kernel_missing", kernel_missing),
+    case("bad_host::kernel_corrupt", kernel_corrupt),
+    case("bad_host::initramfs_missing", initramfs_missing),
+    case("bad_host::initramfs_corrupt", initramfs_corrupt),
+    case("bad_host::cached_image_corrupt", cached_image_corrupt),
+    case("bad_host::memory_too_small", memory_too_small),
+    case("bad_host::kvm_missing", kvm_missing),
+    case("bad_host::kvm_unusable", kvm_unusable),
+    case("bad_host::disk_full", disk_full),
+    case("bad_host::guest_panics", guest_panics),
+    case("bad_host::guest_faults", guest_faults),
+    case("bad_host::guest_hangs", guest_hangs),
+];
+
+/// They change the ground, so they run alone; they do not depend on containerd's series.
+const fn case(name: &'static str, run: fn(&Subject) -> Result<()>) -> Case {
+    Case::new(name, run).spore_only().alone().since("2.")
+}
+
+const FILES: &str = "/srv/e2e/bad";
+
+/// Runs a container that must be refused: ctr's one error with every one of `words`, nothing
+/// left. The broken thing is mended first for the inventory.
+fn refused(subject: &Subject, words: &[&str], breakage: impl FnOnce() -> Result<Vec<Box<dyn Send>>>) -> Result<()> {
+    let warm = subject.run("whole", &["true"])?.run()?;
+    ensure!(warm.success(), "before anything is broken: {warm}");
+    let before = subject.inventory()?;
+    let broken = breakage()?;
+    let output = subject.run("broken", &["true"])?.run()?;
+    drop(broken);
+    ensure!(output.code() == 1, "status of ctr: {output}");
+    one_error(&output)?;
+    let errors = output.errors();
+    words.iter().try_for_each(|word| expect_contains("standard error", &errors, word))?;
+    subject.nothing_beyond(&before)?;
+    let mended = subject.run("mended", &["true"])?.run()?;
+    ensure!(mended.success(), "after it was mended: {mended}");
+    Ok(())
+}
+
+/// Runs a container under a changed configuration that must be refused.
+fn refused_with(subject: &Subject, config: &str, words: &[&str]) -> Result<()> {
+    refused(subject, words, || Ok(vec![Box::new(Config::with(config)?)]))
+}
+
+fn file(name: &str, content: &[u8]) -> Result<PathBuf> {
+    fs::create_dir_all(FILES)?;
+    let path = Path::new(FILES).join(name);
+    fs::write(&path, content)?;
+    Ok(path)
+}
+
+fn kernel_missing(subject: &Subject) -> Result<()> {
+    refused_with(subject, "kernel = \"/srv/no-such-kernel\"", &["kernel", "/srv/no-such-kernel"])
+}
+
+fn kernel_corrupt(subject: &Subject) -> Result<()> {
+    let path = file("kernel", &[0x5a; 100_000])?;
+    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["kernel"])
+}
+
+fn initramfs_missing(subject: &Subject) -> Result<()> {
+    refused_with(subject, "initramfs = \"/srv/no-such-initramfs\"", &["initramfs", "/srv/no-such-initramfs"])
+}
+
+/// The guest's kernel finds no init in it: the end of its console tells.
+fn initramfs_corrupt(subject: &Subject) -> Result<()> {
+    let path = file("initramfs", &[0x5a; 100_000])?;
+    refused_with(subject, &format!("initramfs = \"{}\"", path.display()), &["panic"])
+}
+
+fn cached_image_corrupt(subject: &Subject) -> Result<()> {
+    refused(subject, &["image"], || {
+        let mut undo: Vec<Box<dyn Send>> = Vec::new();
+        for entry in fs::read_dir("/var/lib/spore/images")?.flatten().filter(|entry| entry.path().is_file()) {
+            // A torn write: the right length, the wrong bytes.
+            let length = entry.metadata()?.len();
+            let torn = file("image", &vec![0; usize::try_from(length)?])?;
+            undo.push(Box::new(Over::bind(&torn, &entry.path())?));
+        }
+        ensure!(!undo.is_empty(), "no cached image in /var/lib/spore/images");
+        Ok(undo)
+    })
+}
+
+fn memory_too_small(subject: &Subject) -> Result<()> {
+    refused_with(subject, "memory_mib = 16", &["memory", "16"])
+}
+
+fn kvm_missing(subject: &Subject) -> Result<()> {
+    refused(subject, &["/dev/kvm"], || {
+        fs::rename("/dev/kvm", "/dev/kvm.away")?;
+        Ok(vec![Box::new(Back)])
+    })
+}
+
+/// Puts the device back.
+struct Back;
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        fs::rename("/dev/kvm.away", "/dev/kvm").ok();
+    }
+}
+
+fn kvm_unusable(subject: &Subject) -> Result<()> {
+    refused(subject, &["/dev/kvm"], || {
+        Ok(vec![Box::new(Over::bind(Path::new("/dev/null"), Path::new("/dev/kvm"))?)])
+    })
+}
+
+fn disk_full(subject: &Subject) -> Result<()> {
+    refused(subject, &["/var/lib/spore"], || Ok(vec![Box::new(Over::small(256 << 10, Path::new("/var/lib/spore"))?)]))
+}
+
+fn guest_panics(subject: &Subject) -> Result<()> {
+    refused_with(subject, "kernel_args = \"rdinit=/no-such-init\"", &["panic"])
+}
+
+fn guest_faults(subject: &Subject) -> Result<()> {
+    // ud2 without an interrupt table: a triple fault.
+    let path = file("faulting", &bare_kernel(&[0x0f, 0x0b]))?;
+    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["fault"])
+}
+
+fn guest_hangs(subject: &Subject) -> Result<()> {
+    // cli; hlt, for ever.
+    let path = file("hanging", &bare_kernel(&[0xfa, 0xf4, 0xeb, 0xfd]))?;
+    let config = format!("kernel = \"{}\"\nboot_deadline_s = 5", path.display());
+    refused_with(subject, &config, &["5 s"])
+}
+
+/// An ELF executable for x86_64 that consists of `code` at 16 MiB.
+fn bare_kernel(code: &[u8]) -> Vec<u8> {
+    const BASE: u64 = 16 << 20;
+    const HEADERS: u64 = 64 + 56;
+    let size = code.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, EM_X86_64, version; entry, program headers, no sections.
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    elf.extend([BASE + HEADERS, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    // PT_LOAD, readable and executable; offset, virtual and physical address, sizes, alignment.
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    let segment = [0, BASE, BASE, HEADERS + size, HEADERS + size, 4096];
+    elf.extend(segment.iter().flat_map(|word| word.to_le_bytes()));
+    elf.extend(code);
+    elf
+}

@@ -1,0 +1,100 @@
+//! The VMM or the shim killed by force, at every phase: the client is told, nothing is left.
+
+use anyhow::{Result, ensure};
+use spore_harness::containerd::{Output, Running};
+use spore_harness::image::BUSYBOX;
+use spore_harness::wait;
+use std::time::Duration;
+
+use super::{Case, expect_contains};
+use crate::bed::Subject;
+use crate::host::{kill_hard, process};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM)).spore_only().alone(),
+    Case::new("killed::vmm_while_it_runs", vmm_while_it_runs).spore_only().alone(),
+    Case::new("killed::shim_while_it_boots", |subject| while_booting(subject, SHIM)).spore_only().alone(),
+    Case::new("killed::shim_while_it_runs", shim_while_it_runs).alone(),
+    Case::new("killed::shim_before_delete", shim_before_delete).alone(),
+];
+
+const VMM: &str = "spore-vmm";
+const SHIM: &str = "containerd-shim-spore-v2";
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn started(subject: &Subject, id: &str, script: &str) -> Result<Running> {
+    subject.ctr(&["run", "--rm", "--runtime", subject.runtime.id(), BUSYBOX, id, "sh", "-c", script])?.spawn()
+}
+
+fn while_booting(subject: &Subject, victim: &str) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("booting");
+    let call = started(subject, &id, "echo must not be seen")?;
+    // The VMM appears when the shim has prepared everything.
+    let vmm = process(&[VMM, "--control-fd"])?;
+    kill_hard(if victim == VMM { vmm } else { process(&[SHIM, &id])? })?;
+    told(&call.wait()?)?;
+    gone(subject, &id, &before)
+}
+
+fn vmm_while_it_runs(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("running");
+    let mut call = started(subject, &id, "echo ready; while :; do sleep 1000; done")?;
+    call.says("ready")?;
+    kill_hard(process(&[VMM, "--control-fd"])?)?;
+    let output = call.wait()?;
+    // As a process that was killed.
+    ensure!(output.code() == 137, "status of ctr: {output}");
+    gone(subject, &id, &before)
+}
+
+fn shim_while_it_runs(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("running");
+    let mut call = started(subject, &id, "echo ready; while :; do sleep 1000; done")?;
+    call.says("ready")?;
+    kill_hard(process(&[shim_of(subject), &id])?)?;
+    told(&call.wait()?)?;
+    gone(subject, &id, &before)
+}
+
+fn shim_before_delete(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("stopped");
+    subject.must(&["run", "--detach", "--runtime", subject.runtime.id(), BUSYBOX, &id, "sh", "-c", "exit 0"])?;
+    wait::until("the task has stopped", DEADLINE, || {
+        let tasks = subject.must(&["tasks", "ls"]).ok()?;
+        tasks.lines().any(|line| line.contains(&id) && line.contains("STOPPED")).then_some(())
+    })?;
+    kill_hard(process(&[shim_of(subject), &id])?)?;
+    gone(subject, &id, &before)
+}
+
+fn shim_of(subject: &Subject) -> &'static str {
+    if subject.is_spore() { SHIM } else { "containerd-shim-runc-v2" }
+}
+
+type Before = (spore_harness::leftovers::Inventory, Vec<String>);
+
+fn warm(subject: &Subject) -> Result<Before> {
+    let output = subject.run("whole", &["true"])?.run()?;
+    ensure!(output.success(), "{output}");
+    subject.inventory()
+}
+
+/// The client learns of a failure.
+fn told(output: &Output) -> Result<()> {
+    ensure!(!output.success(), "ctr reports success: {output}");
+    if output.code() == 1 {
+        expect_contains("standard error", &output.errors(), "ctr: ")?;
+    }
+    Ok(())
+}
+
+/// What a client does after a failure, and then the comparison.
+fn gone(subject: &Subject, id: &str, before: &Before) -> Result<()> {
+    subject.ctr(&["tasks", "delete", "--force", id])?.run()?;
+    subject.ctr(&["containers", "delete", id])?.run()?;
+    subject.nothing_beyond(before)
+}

@@ -1,0 +1,96 @@
+//! The cases, one module per behaviour.
+
+mod bad_command;
+mod bad_config;
+mod bad_host;
+mod events;
+mod killed;
+mod leftovers;
+mod matrix;
+mod output;
+mod rootfs;
+mod signals;
+mod status;
+mod stdin;
+mod tasks;
+
+use anyhow::Result;
+
+use crate::bed::Subject;
+
+/// One behaviour to prove.
+#[derive(Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(&Subject) -> Result<()>,
+    /// No other case may run meanwhile.
+    pub(crate) alone: bool,
+    /// Runs with old series of containerd too.
+    pub(crate) smoke: bool,
+    /// What it proves exists only in Spore.
+    pub(crate) spore_only: bool,
+    /// Series of containerd from which on it applies.
+    pub(crate) since: &'static str,
+}
+
+impl Case {
+    pub(crate) const fn new(name: &'static str, run: fn(&Subject) -> Result<()>) -> Self {
+        Self { name, run, alone: false, smoke: false, spore_only: false, since: "" }
+    }
+
+    pub(crate) const fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+
+    pub(crate) const fn smoke(mut self) -> Self {
+        self.smoke = true;
+        self
+    }
+
+    pub(crate) const fn spore_only(mut self) -> Self {
+        self.spore_only = true;
+        self
+    }
+
+    pub(crate) const fn since(mut self, series: &'static str) -> Self {
+        self.since = series;
+        self
+    }
+
+    pub(crate) fn applies(&self, subject: &Subject) -> bool {
+        (subject.is_spore() || !self.spore_only) && subject.series.as_str() >= self.since
+    }
+}
+
+/// Every case, the quick and telling ones first.
+pub(crate) fn all() -> Vec<Case> {
+    [
+        output::CASES,
+        stdin::CASES,
+        status::CASES,
+        signals::CASES,
+        tasks::CASES,
+        rootfs::CASES,
+        events::CASES,
+        bad_command::CASES,
+        bad_config::CASES,
+        leftovers::CASES,
+        matrix::CASES,
+        killed::CASES,
+        bad_host::CASES,
+    ]
+    .concat()
+}
+
+/// Fails with what was found and what was expected.
+pub(crate) fn expect_equal<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, expected: &T) -> Result<()> {
+    anyhow::ensure!(found == expected, "{what}: found {found:?}, expected {expected:?}");
+    Ok(())
+}
+
+/// Fails when `text` lacks `part`.
+pub(crate) fn expect_contains(what: &str, text: &str, part: &str) -> Result<()> {
+    anyhow::ensure!(text.contains(part), "{what}: {part:?} is not in {text:?}");
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! The payload: what is under test and the programs that test it, packed into a read-only
+//! disk image keyed by content.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+
+use super::{cache, rootfs};
+
+/// Where cargo leaves the binaries, below the checkout.
+pub const BINARIES: &str = "target/x86_64-unknown-linux-gnu/release";
+/// Where the guest image's build leaves kernel and initramfs.
+pub const GUEST: &str = "target/guest";
+
+/// Path in the checkout, path on the payload disk.
+const FILES: &[(&str, &str)] = &[
+    ("target/x86_64-unknown-linux-gnu/release/spore-testbed", "bin/spore-testbed"),
+    ("target/x86_64-unknown-linux-gnu/release/spore-e2e", "bin/spore-e2e"),
+    ("target/x86_64-unknown-linux-gnu/release/spore-bench", "bin/spore-bench"),
+    ("target/x86_64-unknown-linux-gnu/release/containerd-shim-spore-v2", "spore/containerd-shim-spore-v2"),
+    ("target/x86_64-unknown-linux-gnu/release/spore-vmm", "spore/spore-vmm"),
+    ("target/guest/vmlinuz", "spore/vmlinuz"),
+    ("target/guest/initramfs", "spore/initramfs"),
+    ("target/guest/vmlinux", "spore/vmlinux"),
+];
+
+/// The disk image. What is not built is left out; the ground says so when it is asked for.
+pub fn prepare(repository: &Path) -> Result<PathBuf> {
+    let mut present = Vec::new();
+    let mut key = cache::Key::default().with("1");
+    let mut size = 0;
+    for (from, to) in FILES {
+        let path = repository.join(from);
+        match fs::read(&path) {
+            Ok(content) => {
+                size += content.len() as u64;
+                key = key.with(to).with(Sha256::digest(&content));
+                present.push((path, *to));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        }
+    }
+    let entry = cache::entry("payload", key, |draft| {
+        let tree = draft.join("tree");
+        for (from, to) in &present {
+            let to = tree.join(to);
+            fs::create_dir_all(to.parent().unwrap_or(&tree))?;
+            fs::copy(from, &to)?;
+        }
+        rootfs::make_disk(&tree, &draft.join("disk.img"), size + size / 8 + (16 << 20))?;
+        fs::remove_dir_all(&tree)?;
+        Ok(())
+    })?;
+    Ok(entry.join("disk.img"))
+}

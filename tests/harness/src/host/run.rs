@@ -1,0 +1,128 @@
+//! From a request to an exit status: decide the ground, prepare it, run, fetch results.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::{cache, direct, machine::Machine, payload, rootfs};
+use crate::ground::{self, Decision, Ground, ProbeKit};
+use crate::job::Job;
+
+/// What to run on the ground.
+pub struct Request {
+    pub program: String,
+    pub args: Vec<String>,
+    pub env: BTreeMap<String, String>,
+    pub deadline: Duration,
+}
+
+/// How a ground finished.
+pub struct Finished {
+    pub status: i32,
+    /// Archive of the job's results and logs.
+    pub files: Option<PathBuf>,
+}
+
+/// Checkout that this binary was built from: the files to test lie in its `target`.
+pub fn repository() -> Result<PathBuf> {
+    let start = std::env::current_dir()?;
+    start
+        .ancestors()
+        .find(|directory| directory.join("Cargo.lock").exists() && directory.join("tests/harness").exists())
+        .map(Path::to_owned)
+        .with_context(|| format!("{} is not inside a checkout of Spore", start.display()))
+}
+
+/// Decides on the ground, with this binary as the probe's init.
+pub fn decide(repository: &Path) -> Result<Decision> {
+    let init = init_binary(repository)?;
+    ground::decide(&ProbeKit {
+        vmm: repository.join(payload::BINARIES).join("spore-vmm"),
+        kernel: repository.join(payload::GUEST).join("vmlinuz"),
+        init: &init,
+    })
+}
+
+/// Runs; returns the program's exit status. Results land in `target/testbed/PROGRAM`.
+pub fn run(request: Request) -> Result<i32> {
+    let repository = repository()?;
+    let decision = decide(&repository)?;
+    eprintln!("{}", decision.announce());
+    let root = rootfs::prepare(&repository)?;
+    let payload = payload::prepare(&repository)?;
+    let init = init_binary(&repository)?;
+    let run_directory = run_directory()?;
+    let results = repository.join("target/testbed").join(name_of(&request.program));
+    let job = Job {
+        program: request.program,
+        args: request.args,
+        env: request.env,
+        deadline_s: request.deadline.as_secs(),
+        ground: decision.ground.to_string(),
+    };
+    let finished = match decision.ground {
+        Ground::Outer(accelerator) => {
+            let path = run_directory.path();
+            Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }.run(&job)
+        }
+        Ground::Direct => direct::run(&root, &payload, &init, run_directory.path(), &job),
+    };
+    fetch(run_directory.path(), &results)?;
+    let finished = finished?;
+    if finished.status != 0 {
+        eprintln!("test bed: {} ended with status {}; logs: {}", job.program, finished.status, results.display());
+    }
+    Ok(finished.status)
+}
+
+fn init_binary(repository: &Path) -> Result<PathBuf> {
+    let path = repository.join(payload::BINARIES).join("spore-testbed");
+    if !path.exists() {
+        bail!("{} is missing; build it: cargo build --release -p spore-harness", path.display());
+    }
+    Ok(path)
+}
+
+fn name_of(program: &str) -> &str {
+    program.rsplit('/').next().unwrap_or(program)
+}
+
+/// A directory for one run. Those of runs that were killed are removed.
+fn run_directory() -> Result<tempfile::TempDir> {
+    let runs = cache::directory()?.join("runs");
+    fs::create_dir_all(&runs)?;
+    for entry in fs::read_dir(&runs)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.split('-').next().unwrap_or_default();
+        if !Path::new("/proc").join(owner).exists() {
+            fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+    Ok(tempfile::Builder::new().prefix(&format!("{}-", std::process::id())).tempdir_in(runs)?)
+}
+
+/// Unpacks what the ground sent into `results`, replacing what an earlier run left.
+fn fetch(run_directory: &Path, results: &Path) -> Result<()> {
+    if results.exists() {
+        fs::remove_dir_all(results).with_context(|| format!("emptying {}", results.display()))?;
+    }
+    fs::create_dir_all(results)?;
+    let console = run_directory.join("outer-console.log");
+    if console.exists() {
+        fs::copy(&console, results.join("outer-console.log"))?;
+    }
+    let files = run_directory.join("files.tar");
+    if fs::metadata(&files).is_ok_and(|metadata| metadata.len() > 0) {
+        // The archive of a ground that was killed may be cut: what is there still helps.
+        let tar = Command::new("tar").arg("-xf").arg(&files).arg("-C").arg(results).status().context("starting tar")?;
+        if !tar.success() {
+            eprintln!("test bed: the results in {} are incomplete", results.display());
+        }
+    }
+    Ok(())
+}

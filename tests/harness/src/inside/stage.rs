@@ -1,0 +1,94 @@
+//! Turns the bare root file system into a machine: kernel views, modules, and Spore
+//! installed at the paths that its users have.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+
+use crate::job::PAYLOAD;
+
+const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
+
+/// File on the payload disk, where it is installed, its mode.
+const INSTALLED: &[(&str, &str, u32)] = &[
+    ("containerd-shim-spore-v2", "/usr/local/bin/containerd-shim-spore-v2", 0o755),
+    ("spore-vmm", "/usr/local/libexec/spore/spore-vmm", 0o755),
+    ("vmlinuz", "/usr/local/lib/spore/vmlinuz", 0o644),
+    ("initramfs", "/usr/local/lib/spore/initramfs", 0o644),
+];
+
+/// Boots take seconds where the outer machine's CPU is emulated: twice the default.
+const CONFIG: &str = "# Written by the test bed.\nboot_deadline_s = 120\n";
+
+/// Mounts `/proc`, `/sys` and `/dev` below `root`.
+pub(super) fn mount_kernel_views(root: &Path) -> Result<()> {
+    for (kind, at) in [("devtmpfs", "dev"), ("proc", "proc"), ("sysfs", "sys")] {
+        let at = root.join(at);
+        // The kernel may have mounted /dev already.
+        if at == Path::new("/dev") && at.join("null").exists() {
+            continue;
+        }
+        mount(Some(kind), &at, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting {kind} at {}", at.display()))?;
+    }
+    Ok(())
+}
+
+/// Makes `root` the root directory of this process and of what it starts.
+pub(super) fn enter(root: &Path) -> Result<()> {
+    std::env::set_current_dir(root)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+        .with_context(|| format!("making {} the root", root.display()))?;
+    nix::unistd::chroot(".")?;
+    std::env::set_current_dir("/")?;
+    Ok(())
+}
+
+/// Everything between a mounted root and a machine that runs containers.
+pub(super) fn furnish() -> Result<()> {
+    for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+        fs::create_dir_all(directory)?;
+    }
+    for (kind, at, options) in [
+        ("tmpfs", "/run", "mode=755"),
+        ("tmpfs", "/tmp", "mode=1777"),
+        ("devpts", "/dev/pts", "newinstance,ptmxmode=666,mode=620,gid=5"),
+        ("tmpfs", "/dev/shm", "mode=1777"),
+        ("mqueue", "/dev/mqueue", ""),
+        ("cgroup2", "/sys/fs/cgroup", ""),
+    ] {
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), Some(options))
+            .with_context(|| format!("mounting {kind} at {at}"))?;
+    }
+    for module in MODULES {
+        // The one of the other vendor's CPU fails, and on the host's kernel all may.
+        Command::new("modprobe").args(["-q", module]).status().context("starting modprobe")?;
+    }
+    let lo = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("starting ip")?;
+    if !lo.success() {
+        eprintln!("spore-testbed: loopback cannot be set up: {lo}");
+    }
+    nix::unistd::sethostname("ground")?;
+    install()
+}
+
+/// Installs what the payload holds of Spore.
+fn install() -> Result<()> {
+    for (name, to, mode) in INSTALLED {
+        let from = Path::new(PAYLOAD).join("spore").join(name);
+        if !from.exists() {
+            continue;
+        }
+        let to = Path::new(to);
+        fs::create_dir_all(to.parent().unwrap_or(to))?;
+        fs::copy(&from, to).with_context(|| format!("installing {}", to.display()))?;
+        fs::set_permissions(to, fs::Permissions::from_mode(*mode))?;
+    }
+    fs::create_dir_all("/etc/spore")?;
+    fs::write("/etc/spore/config.toml", CONFIG)?;
+    Ok(())
+}

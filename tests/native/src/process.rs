@@ -1,0 +1,59 @@
+#![allow(unsafe_code)] // pidfd_open has no safe wrapper here.
+//! The VMM as a process: its end, its descriptors, its memory.
+
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, ExitStatus};
+use std::time::Duration;
+use std::{fs, io};
+
+use crate::control::wait_readable;
+
+/// A descriptor that becomes readable when process `pid` ends.
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers in, a new descriptor of ours out.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::pid_t::try_from(pid).unwrap_or(-1), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: see above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits for a child's end; `None` at the deadline.
+pub fn wait(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
+    if let Some(status) = child.try_wait()? {
+        return Ok(Some(status));
+    }
+    let ended = wait_readable(pidfd(child.id())?.as_fd(), deadline)?;
+    if ended { child.wait().map(Some) } else { Ok(None) }
+}
+
+/// Open descriptors of a process, by what they point to.
+pub fn descriptors(pid: u32) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // A descriptor may close while we look.
+        if let Ok(target) = fs::read_link(entry?.path()) {
+            names.push(target.to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// Resident KiB of a process outside mappings of at least `guest_mib` MiB, which are the
+/// guest's RAM.
+pub fn resident_beyond_guest(pid: u32, guest_mib: u64) -> io::Result<u64> {
+    let smaps = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?;
+    let kib = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    let (mut guest, mut resident) = (false, 0);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            guest = kib(line).is_some_and(|size| size >= guest_mib * 1024);
+        } else if line.starts_with("Rss:") && !guest {
+            resident += kib(line).unwrap_or(0);
+        }
+    }
+    Ok(resident)
+}

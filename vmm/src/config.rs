@@ -1,0 +1,247 @@
+//! Input validated: from a [`VmConfig`] and the descriptors of its packet to a
+//! [`MachineConfig`], whose values are in range and whose descriptors are of the right kind
+//! and mode. Nothing is built from anything else.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::sys::stat::{SFlag, fstat};
+
+use crate::api::{
+    ConsoleConfig, DiskConfig, FdIndex, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION, VmConfig,
+    VsockConfig,
+};
+use crate::arch;
+use crate::control::{FdError, FdTable};
+use crate::vm::slots;
+
+/// Context ids of guests; those below have a meaning of their own, the last one is "any".
+const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=0xffff_fffe;
+/// Most host ports of one VM.
+const MAX_HOST_PORTS: usize = 64;
+
+/// A message asks for what cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("protocol: version {found}; this VMM speaks {PROTOCOL_VERSION}: install shim and VMM of one release")]
+    Protocol { found: u32 },
+    #[error("{what}: {found}; allowed is {min} to {max}")]
+    Range { what: &'static str, found: u64, min: u64, max: u64 },
+    #[error("cmdline: byte {byte:#04x} at {at}; printable ASCII is allowed")]
+    CmdlineByte { byte: u8, at: usize },
+    #[error("disks: {found} {kind} ones; there are {max} slots of that kind")]
+    Disks { kind: &'static str, found: usize, max: usize },
+    #[error("vsock.host_ports: port {port} is listed twice")]
+    HostPort { port: u32 },
+    #[error("{what}: the descriptor is {found}; needed is {needed}")]
+    Kind { what: String, found: String, needed: &'static str },
+    #[error("{what}: the descriptor is not open for {needed}")]
+    Mode { what: String, needed: &'static str },
+    #[error("{what}: the descriptor cannot be examined: {source}")]
+    Examine { what: String, source: nix::Error },
+    #[error(transparent)]
+    Fd(#[from] FdError),
+}
+
+/// A VM that can be built.
+#[derive(Debug)]
+pub struct MachineConfig {
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub kvm: KvmFd,
+    pub kernel: File,
+    pub initrd: Option<File>,
+    pub cmdline: String,
+    pub console: Option<Console>,
+    pub vsock: Option<Vsock>,
+    pub disks: Vec<Disk>,
+}
+
+/// An open `/dev/kvm`.
+#[derive(Debug)]
+pub struct KvmFd(OwnedFd);
+
+impl KvmFd {
+    /// For a library that takes the number and owns it from then on.
+    pub fn into_raw_fd(self) -> RawFd {
+        self.0.into_raw_fd()
+    }
+}
+
+#[derive(Debug)]
+pub struct Console {
+    pub output: File,
+    pub input: Option<File>,
+    pub cap_bytes: u64,
+}
+
+#[derive(Debug)]
+pub struct Vsock {
+    pub guest_cid: u32,
+    pub listener: UnixListener,
+    pub host_ports: Vec<u32>,
+}
+
+#[derive(Debug)]
+pub struct Disk {
+    pub file: File,
+    pub read_only: bool,
+}
+
+impl MachineConfig {
+    /// Checks `config`; takes each descriptor that it names, and wants all to be named.
+    pub fn new(config: VmConfig, mut fds: FdTable) -> Result<Self, ConfigError> {
+        if config.protocol != PROTOCOL_VERSION {
+            return Err(ConfigError::Protocol { found: config.protocol });
+        }
+        in_range("vcpus", config.vcpus.into(), 1, MAX_VCPUS.into())?;
+        in_range("memory_mib", config.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        in_range("cmdline length", config.cmdline.len() as u64, 0, arch::MAX_CMDLINE as u64)?;
+        let odd = |byte: &u8| !(b' '..=b'~').contains(byte);
+        if let Some((at, &byte)) = config.cmdline.as_bytes().iter().enumerate().find(|(_, byte)| odd(byte)) {
+            return Err(ConfigError::CmdlineByte { byte, at });
+        }
+        count_disks(&config.disks)?;
+        let machine = Self {
+            vcpus: config.vcpus,
+            memory_bytes: config.memory_mib << 20,
+            kvm: take_kvm(&mut fds, config.kvm)?,
+            kernel: take_image(&mut fds, config.kernel, "kernel")?,
+            initrd: config.initrd.map(|index| take_image(&mut fds, index, "initrd")).transpose()?,
+            cmdline: config.cmdline,
+            console: config.console.map(|console| take_console(&mut fds, &console)).transpose()?,
+            vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
+            disks: config
+                .disks
+                .iter()
+                .enumerate()
+                .map(|(at, disk)| take_disk(&mut fds, disk, &format!("disks[{at}]")))
+                .collect::<Result<_, _>>()?,
+        };
+        fds.finish()?;
+        Ok(machine)
+    }
+}
+
+/// Checks the disk of an `AttachDisk`.
+pub fn attached_disk(config: &DiskConfig, mut fds: FdTable) -> Result<Disk, ConfigError> {
+    let disk = take_disk(&mut fds, config, "disk")?;
+    fds.finish()?;
+    Ok(disk)
+}
+
+fn in_range(what: &'static str, found: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&found) { Ok(()) } else { Err(ConfigError::Range { what, found, min, max }) }
+}
+
+fn count_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    for (kind, read_only, max) in [("read-only", true, slots::READ_ONLY), ("writable", false, slots::WRITABLE)] {
+        let found = disks.iter().filter(|disk| disk.read_only == read_only).count();
+        if found > max {
+            return Err(ConfigError::Disks { kind, found, max });
+        }
+    }
+    Ok(())
+}
+
+fn take_kvm(fds: &mut FdTable, index: FdIndex) -> Result<KvmFd, ConfigError> {
+    let fd = fds.take(index, "kvm")?;
+    check_kind(fd.as_fd(), "kvm", &[SFlag::S_IFCHR], "/dev/kvm")?;
+    check_mode(fd.as_fd(), "kvm", true, true)?;
+    Ok(KvmFd(fd))
+}
+
+fn take_image(fds: &mut FdTable, index: FdIndex, what: &str) -> Result<File, ConfigError> {
+    let fd = fds.take(index, what)?;
+    check_kind(fd.as_fd(), what, &[SFlag::S_IFREG], "a regular file")?;
+    check_mode(fd.as_fd(), what, true, false)?;
+    Ok(File::from(fd))
+}
+
+fn take_disk(fds: &mut FdTable, disk: &DiskConfig, what: &str) -> Result<Disk, ConfigError> {
+    let fd = fds.take(disk.file, what)?;
+    check_kind(fd.as_fd(), what, &[SFlag::S_IFREG, SFlag::S_IFBLK], "a regular file or a block device")?;
+    check_mode(fd.as_fd(), what, true, !disk.read_only)?;
+    Ok(Disk { file: File::from(fd), read_only: disk.read_only })
+}
+
+fn take_console(fds: &mut FdTable, console: &ConsoleConfig) -> Result<Console, ConfigError> {
+    let output = fds.take(console.output, "console.output")?;
+    check_mode(output.as_fd(), "console.output", false, true)?;
+    let input = console.input.map(|index| fds.take(index, "console.input")).transpose()?;
+    if let Some(input) = &input {
+        check_mode(input.as_fd(), "console.input", true, false)?;
+    }
+    Ok(Console { output: File::from(output), input: input.map(File::from), cap_bytes: console.cap_bytes })
+}
+
+fn take_vsock(fds: &mut FdTable, vsock: VsockConfig) -> Result<Vsock, ConfigError> {
+    let (min, max) = (u64::from(*GUEST_CIDS.start()), u64::from(*GUEST_CIDS.end()));
+    in_range("vsock.guest_cid", vsock.guest_cid.into(), min, max)?;
+    in_range("vsock.host_ports count", vsock.host_ports.len() as u64, 0, MAX_HOST_PORTS as u64)?;
+    let twice = |(at, port): (usize, &u32)| vsock.host_ports.iter().skip(at + 1).any(|other| other == port);
+    if let Some(at) = vsock.host_ports.iter().enumerate().position(twice) {
+        return Err(ConfigError::HostPort { port: vsock.host_ports[at] });
+    }
+    let what = "vsock.listener";
+    let fd = fds.take(vsock.listener, what)?;
+    let needed = "a listening Unix stream socket";
+    check_kind(fd.as_fd(), what, &[SFlag::S_IFSOCK], needed)?;
+    let examine = |source| ConfigError::Examine { what: what.to_owned(), source };
+    let family = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(examine)?.family();
+    let kind = getsockopt(&fd, sockopt::SockType).map_err(examine)?;
+    let listening = getsockopt(&fd, sockopt::AcceptConn).map_err(examine)?;
+    if family != Some(AddressFamily::Unix) || kind != SockType::Stream || !listening {
+        let found = format!("a {family:?} socket of type {kind:?}, listening: {listening}");
+        return Err(ConfigError::Kind { what: what.to_owned(), found, needed });
+    }
+    let VsockConfig { guest_cid, host_ports, .. } = vsock;
+    Ok(Vsock { guest_cid, listener: UnixListener::from(fd), host_ports })
+}
+
+fn check_kind(
+    fd: BorrowedFd<'_>,
+    what: &str,
+    allowed: &[SFlag],
+    needed: &'static str,
+) -> Result<(), ConfigError> {
+    let status = fstat(fd).map_err(|source| ConfigError::Examine { what: what.to_owned(), source })?;
+    let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
+    if allowed.contains(&kind) {
+        return Ok(());
+    }
+    let found = match kind {
+        SFlag::S_IFREG => "a regular file",
+        SFlag::S_IFDIR => "a directory",
+        SFlag::S_IFCHR => "a character device",
+        SFlag::S_IFBLK => "a block device",
+        SFlag::S_IFIFO => "a pipe",
+        SFlag::S_IFSOCK => "a socket",
+        _ => "of an unknown kind",
+    };
+    Err(ConfigError::Kind { what: what.to_owned(), found: found.to_owned(), needed })
+}
+
+fn check_mode(fd: BorrowedFd<'_>, what: &str, read: bool, write: bool) -> Result<(), ConfigError> {
+    let examine = |source| ConfigError::Examine { what: what.to_owned(), source };
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL).map_err(examine)?);
+    let mode = flags & OFlag::O_ACCMODE;
+    let (can_read, can_write) = (mode != OFlag::O_WRONLY, mode != OFlag::O_RDONLY);
+    // A descriptor that only names a file (O_PATH) can do neither.
+    let usable = !flags.contains(OFlag::O_PATH);
+    if usable && (can_read || !read) && (can_write || !write) {
+        return Ok(());
+    }
+    let needed = match (read, write) {
+        (true, true) => "reading and writing",
+        (false, true) => "writing",
+        _ => "reading",
+    };
+    Err(ConfigError::Mode { what: what.to_owned(), needed })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,369 @@
+//! The event loop: one thread that obeys the control socket and runs every device.
+//!
+//! Requests are served between rounds of the loop, never from within a device's turn, so when
+//! a call runs no device is at work: a pause needs only the vCPUs to park.
+
+use std::cell::Cell;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::socket::SocketError;
+use super::{Channel, FdTable, Incoming};
+use crate::api::{Call, EndReason, Event, Failure, FailureCode, Reply, Request, VmConfig, VmState};
+use crate::config::{ConfigError, MachineConfig, attached_disk};
+use crate::end::EndLatch;
+use crate::vm::builder::{BuildError, OnConnection, Subscriber};
+use crate::vm::{self, Built, StateError, Vm, slots};
+use crate::{clock, log, vcpu};
+
+/// How long the last message may wait for the peer to take it.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// The VMM cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("event loop: {0}")]
+    Loop(#[from] event_manager::Error),
+    #[error("event loop: {what}: {source}")]
+    Source { what: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::VcpuError),
+}
+
+/// How a VMM's life ended when nothing failed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Ended(EndReason),
+    PeerHungUp,
+}
+
+/// What woke the loop, for after the round.
+#[derive(Debug, Default)]
+struct Woken {
+    request: Cell<bool>,
+    deadline: Cell<bool>,
+}
+
+/// Notes which of the loop's own descriptors are ready.
+struct Wakeups {
+    channel: RawFd,
+    end: RawFd,
+    deadline: RawFd,
+    woken: Rc<Woken>,
+}
+
+impl MutEventSubscriber for Wakeups {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        for fd in [self.channel, self.end, self.deadline] {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                log::error("control", format_args!("watching descriptor {fd}: {error}"));
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        if events.fd() == self.channel {
+            self.woken.request.set(true);
+        } else if events.fd() == self.deadline {
+            self.woken.deadline.set(true);
+        }
+    }
+}
+
+/// Serves `channel` until the guest has ended or the peer is gone. `process_start_ns` is
+/// reported in the metrics.
+pub fn serve(channel: Channel, process_start_ns: u64) -> Result<Outcome, ServeError> {
+    vcpu::install_kick()?;
+    Server::new(channel, process_start_ns)?.run()
+}
+
+struct Server {
+    // First, so that devices and their descriptors outlive the loop's registrations no longer
+    // than the VM: fields drop in order.
+    manager: EventManager<Subscriber>,
+    wakeups: SubscriberId,
+    watching_writable: bool,
+    woken: Rc<Woken>,
+    channel: Channel,
+    end: Arc<EndLatch>,
+    deadline: TimerFd,
+    /// When the timer fires.
+    deadline_at: Option<Instant>,
+    vm: Option<Vm>,
+    process_start_ns: u64,
+    configured_ns: u64,
+}
+
+impl Server {
+    fn new(channel: Channel, process_start_ns: u64) -> Result<Self, ServeError> {
+        let source = |what| move |source| ServeError::Source { what, source };
+        let end = Arc::new(EndLatch::new().map_err(source("the end's descriptor"))?);
+        let deadline =
+            TimerFd::new().map_err(|error| source("the deadline's timer")(std::io::Error::from(error)))?;
+        let woken = Rc::new(Woken::default());
+        let mut manager: EventManager<Subscriber> = EventManager::new()?;
+        let wakeups = manager.add_subscriber(Box::new(Wakeups {
+            channel: channel.as_raw_fd(),
+            end: end.as_raw_fd(),
+            deadline: deadline.as_raw_fd(),
+            woken: Rc::clone(&woken),
+        }));
+        Ok(Self {
+            manager,
+            wakeups,
+            watching_writable: false,
+            woken,
+            channel,
+            end,
+            deadline,
+            deadline_at: None,
+            vm: None,
+            process_start_ns,
+            configured_ns: 0,
+        })
+    }
+
+    fn run(mut self) -> Result<Outcome, ServeError> {
+        loop {
+            self.manager.run()?;
+            if self.woken.deadline.take() && self.deadline_passed() {
+                self.force_end();
+            }
+            if self.woken.request.take() && !self.serve_one()? {
+                return Ok(self.peer_hung_up());
+            }
+            if let Some(reason) = self.end.reason() {
+                return self.finish(reason);
+            }
+            self.channel.flush()?;
+            self.watch_writable()?;
+        }
+    }
+
+    /// Serves one packet; false when the peer has hung up.
+    fn serve_one(&mut self) -> Result<bool, ServeError> {
+        match self.channel.receive()? {
+            Incoming::Request(Request { id, call }, fds) => {
+                let result = self.serve(call, fds);
+                if let Err(failure) = &result {
+                    log::warn("control", format_args!("request {id}: {:?}: {failure}", failure.code));
+                }
+                self.channel.respond(id, result)?;
+            }
+            Incoming::Bad(error) => {
+                log::warn("control", format_args!("{error}"));
+                self.channel.respond(error.id(), Err(error.failure()))?;
+            }
+            Incoming::Nothing => {}
+            Incoming::HungUp => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn serve(&mut self, call: Call, fds: FdTable) -> Result<Reply, Failure> {
+        match call {
+            Call::Configure(config) => self.configure(config, fds),
+            Call::AttachDisk(disk) => {
+                let disk = attached_disk(&disk, fds)?;
+                Ok(Reply::Attached(self.vm("attach")?.attach(disk)?))
+            }
+            other => {
+                fds.finish().map_err(ConfigError::from)?;
+                self.serve_plain(other)
+            }
+        }
+    }
+
+    /// Calls that carry no descriptors.
+    fn serve_plain(&mut self, call: Call) -> Result<Reply, Failure> {
+        match call {
+            Call::Boot => self.vm("boot")?.boot()?,
+            Call::Pause => self.vm("pause")?.pause()?,
+            Call::Resume => {
+                let shutting_down = self.deadline_at.is_some();
+                self.vm("resume")?.resume(shutting_down)?;
+            }
+            Call::Shutdown { deadline_ms } => self.shutdown(Duration::from_millis(deadline_ms))?,
+            Call::State => {
+                return Ok(Reply::State(self.vm.as_ref().map_or(VmState::Empty, Vm::state)));
+            }
+            Call::Metrics => {
+                let mut metrics = self.vm("metrics")?.metrics();
+                metrics.boot.process_start_ns = self.process_start_ns;
+                metrics.boot.configured_ns = self.configured_ns;
+                return Ok(Reply::Metrics(metrics));
+            }
+            // Served above.
+            Call::Configure(_) | Call::AttachDisk(_) => {}
+        }
+        Ok(Reply::Done)
+    }
+
+    fn vm(&mut self, call: &'static str) -> Result<&mut Vm, Failure> {
+        self.vm.as_mut().ok_or_else(|| Failure {
+            code: FailureCode::WrongState,
+            message: format!("{call}: there is no VM yet; configure one first"),
+        })
+    }
+
+    fn configure(&mut self, config: VmConfig, fds: FdTable) -> Result<Reply, Failure> {
+        if let Some(vm) = &self.vm {
+            let message = format!("configure: this process has a VM already ({:?}); start another", vm.state());
+            return Err(Failure { code: FailureCode::WrongState, message });
+        }
+        let machine = MachineConfig::new(config, fds)?;
+        let Built { vm, disks, subscribers } = vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
+        for subscriber in subscribers {
+            self.manager.add_subscriber(subscriber);
+        }
+        self.vm = Some(vm);
+        self.configured_ns = clock::monotonic_ns();
+        let slots = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Reply::Configured {
+            read_only_slots: slots(slots::READ_ONLY),
+            writable_slots: slots(slots::WRITABLE),
+            disks,
+        })
+    }
+
+    /// Hands connections of the guest to the peer.
+    fn on_connection(&self) -> OnConnection {
+        let channel = self.channel.clone();
+        Box::new(move |port, stream| {
+            if let Err(error) = channel.event(Event::GuestConnection { port }, Some(stream.into())) {
+                log::warn("control", format_args!("guest connection to port {port} is lost: {error}"));
+            }
+        })
+    }
+
+    fn shutdown(&mut self, deadline: Duration) -> Result<(), Failure> {
+        let vm = self.vm("shutdown")?;
+        if deadline.is_zero() {
+            vm.force_end();
+            return Ok(());
+        }
+        vm.press_power_button()?;
+        // A later call may shorten the time that an earlier one gave, not lengthen it.
+        let at = Instant::now() + deadline;
+        if self.deadline_at.is_none_or(|earlier| at < earlier) {
+            self.deadline.reset(deadline, None).map_err(|error| Failure {
+                code: FailureCode::HostUnfit,
+                message: format!("shutdown: setting the deadline: {error}"),
+            })?;
+            self.deadline_at = Some(at);
+        }
+        Ok(())
+    }
+
+    fn deadline_passed(&mut self) -> bool {
+        // Reading makes the descriptor unready; whether it fired is what the clock says.
+        let _ = self.deadline.wait();
+        self.deadline_at.is_some_and(|at| Instant::now() >= at)
+    }
+
+    fn force_end(&self) {
+        if let Some(vm) = &self.vm {
+            log::warn("vm", format_args!("the guest did not shut down in time; it is ended by force"));
+            vm.force_end();
+        }
+    }
+
+    fn watch_writable(&mut self) -> Result<(), ServeError> {
+        let wanted = self.channel.has_waiting();
+        if wanted != self.watching_writable {
+            let set = if wanted { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            let events = Events::new_raw(self.channel.as_raw_fd(), set);
+            self.manager.event_ops(self.wakeups)?.modify(events)?;
+            self.watching_writable = wanted;
+        }
+        Ok(())
+    }
+
+    fn peer_hung_up(&mut self) -> Outcome {
+        log::info("control", format_args!("the peer hung up; the VM ends with it"));
+        self.vm = None;
+        Outcome::PeerHungUp
+    }
+
+    /// Says why the guest ended, as the last message, and waits until the peer has it.
+    fn finish(&mut self, reason: EndReason) -> Result<Outcome, ServeError> {
+        log::info("vm", format_args!("the guest ended: {reason:?}"));
+        // vCPUs are stopped, and devices closed, before the peer hears of it.
+        self.vm = None;
+        // What the peer asked meanwhile is answered first; unread, it would make the peer's next
+        // read fail instead of giving it this message.
+        while let Ok(Incoming::Request(Request { id, .. }, _)) = self.channel.receive() {
+            let message = "the guest has ended; the reason follows".to_owned();
+            self.channel.respond(id, Err(Failure { code: FailureCode::WrongState, message }))?;
+        }
+        let sent = self.channel.event(Event::Ended(reason.clone()), None).and_then(|()| self.drain());
+        match sent {
+            Ok(()) => Ok(Outcome::Ended(reason)),
+            Err(SocketError::Send(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                Ok(Outcome::PeerHungUp)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn drain(&self) -> Result<(), SocketError> {
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.channel.has_waiting() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(SocketError::PeerStalled { waiting: 1 });
+            }
+            self.channel.wait_writable(left)?;
+            self.channel.flush()?;
+        }
+        Ok(())
+    }
+}
+
+impl Channel {
+    fn wait_writable(&self, patience: Duration) -> Result<(), SocketError> {
+        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(error) => Err(SocketError::Send(error.into())),
+        }
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self { code: FailureCode::InvalidArgument, message: error.to_string() }
+    }
+}
+
+impl From<StateError> for Failure {
+    fn from(error: StateError) -> Self {
+        let code = match &error {
+            StateError::WrongState { .. } => FailureCode::WrongState,
+            StateError::Exhausted { .. } => FailureCode::Exhausted,
+            StateError::Attach(_) => FailureCode::InvalidArgument,
+            StateError::Button(_) | StateError::Vcpu(_) => FailureCode::HostUnfit,
+        };
+        Self { code, message: error.to_string() }
+    }
+}
+
+impl From<BuildError> for Failure {
+    fn from(error: BuildError) -> Self {
+        let message = error.to_string();
+        match error {
+            BuildError::Image(_) => Self { code: FailureCode::BadImage, message },
+            BuildError::Disk(cause) => cause.into(),
+            _ => Self { code: FailureCode::HostUnfit, message },
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! The block device and the handle that the control plane holds.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_queue::Queue;
+
+use super::request::{self, Outcome};
+use super::spec;
+use crate::api::BlkMetrics;
+use crate::backend::disk::{DiskError, RawDisk};
+use crate::devices::virtio::queue::DeviceQueue;
+use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice};
+use crate::log::Limited;
+
+const DEVICE: &str = "blk";
+/// Bytes moved in one call before other devices get their turn, and before the guest is told
+/// of what is done.
+const BUDGET_BYTES: usize = 4 << 20;
+
+/// Why a disk could not be attached. The slot is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("attach a disk to slot {serial}: the slot has a disk already; take a free slot")]
+    Occupied { serial: String },
+    #[error("attach a disk to slot {serial}: {source}")]
+    Disk { serial: String, source: DiskError },
+}
+
+/// What device and handle share.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) serial: String,
+    pub(super) read_only: bool,
+    pub(super) disk: Option<RawDisk>,
+    pub(super) metrics: BlkMetrics,
+    /// Set when a transport took the device.
+    interrupt: Option<Arc<dyn Interrupt>>,
+}
+
+fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A block device for one slot.
+pub struct Blk {
+    name: String,
+    read_only: bool,
+    slot: Arc<Mutex<Slot>>,
+    active: Option<(ActiveContext, DeviceQueue)>,
+    limited: Limited,
+}
+
+/// The control plane's end of a slot; cheap to clone, usable from any thread, before and
+/// after activation. Lock order: transport → this.
+#[derive(Clone)]
+pub struct BlkHandle(Arc<Mutex<Slot>>);
+
+impl BlkHandle {
+    /// Gives the slot its disk and tells the guest of the new capacity.
+    pub fn attach(&self, file: File) -> Result<(), AttachError> {
+        let mut slot = lock(&self.0);
+        if slot.disk.is_some() {
+            return Err(AttachError::Occupied { serial: slot.serial.clone() });
+        }
+        let disk = RawDisk::new(file, !slot.read_only)
+            .map_err(|source| AttachError::Disk { serial: slot.serial.clone(), source })?;
+        slot.disk = Some(disk);
+        if let Some(interrupt) = slot.interrupt.clone() {
+            drop(slot);
+            interrupt.config_changed();
+        }
+        Ok(())
+    }
+
+    /// Whether the slot has no disk yet.
+    pub fn is_free(&self) -> bool {
+        lock(&self.0).disk.is_none()
+    }
+
+    pub fn read_only(&self) -> bool {
+        lock(&self.0).read_only
+    }
+
+    /// The slot's serial, by which the guest finds the disk.
+    pub fn serial(&self) -> String {
+        lock(&self.0).serial.clone()
+    }
+
+    pub fn metrics(&self) -> BlkMetrics {
+        lock(&self.0).metrics.clone()
+    }
+}
+
+impl std::fmt::Debug for BlkHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let slot = lock(&self.0);
+        f.debug_struct("BlkHandle")
+            .field("serial", &slot.serial)
+            .field("disk", &slot.disk)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Blk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Blk").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Blk {
+    /// An empty slot. The guest reads `serial` (its first 20 bytes) by GET_ID.
+    pub fn new(serial: String, read_only: bool) -> Self {
+        let name = format!("{DEVICE}-{serial}");
+        let metrics = BlkMetrics { serial: serial.clone(), ..BlkMetrics::default() };
+        let slot = Slot { serial, read_only, metrics, ..Slot::default() };
+        Self { name, read_only, slot: Arc::new(Mutex::new(slot)), active: None, limited: Limited::new() }
+    }
+
+    pub fn handle(&self) -> BlkHandle {
+        BlkHandle(self.slot.clone())
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        spec::DEVICE_TYPE
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn connect(&mut self, interrupt: Arc<dyn Interrupt>) {
+        lock(&self.slot).interrupt = Some(interrupt);
+    }
+
+    fn features(&self) -> u64 {
+        spec::features(self.read_only)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &spec::QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let capacity = lock(&self.slot).disk.as_ref().map_or(0, RawDisk::sectors);
+        let config = spec::config(capacity, self.read_only);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
+        let len = data.len().min(config.len() - start);
+        data[..len].copy_from_slice(&config[start..start + len]);
+    }
+
+    fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError> {
+        self.active = queues.into_iter().next().map(|queue| (context, DeviceQueue::new(queue, 0, DEVICE)));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn process_queue(&mut self, _index: u16) -> Result<Pending, DeviceError> {
+        let Some((context, queue)) = &mut self.active else { return Ok(Pending::NONE) };
+        let memory = &context.memory;
+        let mut slot = lock(&self.slot);
+        let (mut requests, mut bytes, mut completed) = (queue.size(), 0, false);
+        queue.disable_notification(memory)?;
+        let pending = loop {
+            let Some(chain) = queue.pop(memory)? else {
+                if queue.enable_notification(memory)? {
+                    continue;
+                }
+                break Pending::NONE;
+            };
+            let Outcome { written, moved } = request::serve(&chain, &mut slot, context.features, |reason| {
+                self.limited.warn(&self.name, reason);
+            })
+            .ok_or_else(|| queue.driver_error("request has no room for a status"))?;
+            queue.complete(memory, chain.head, written)?;
+            completed = true;
+            requests -= 1;
+            bytes += moved;
+            if requests == 0 || bytes >= BUDGET_BYTES {
+                break Pending::queue(0);
+            }
+        };
+        if completed && queue.needs_interrupt(memory)? {
+            context.interrupt.used();
+        }
+        Ok(pending)
+    }
+}

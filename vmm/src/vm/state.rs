@@ -1,0 +1,198 @@
+//! A VM's life: configured → running ⇄ paused → ended, and what may be asked of it when.
+//!
+//! Owned by the event loop, on which every device does its work: when a call is served here,
+//! no request is in flight, so "vCPUs parked" is the quiescent point.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::api::{AttachedDisk, BlkMetrics, BootTimes, EndReason, Metrics, VmState, VsockMetrics};
+use crate::config::Disk;
+use crate::end::EndLatch;
+use crate::log;
+use crate::memory::GuestRam;
+use crate::vcpu::{self, ExitCounters, VcpuError, VcpuHandle};
+use crate::vm::slots::{READ_ONLY, WRITABLE};
+
+/// How long vCPUs may take to leave the guest. An exit's device access is the longest part.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A call that the VM cannot serve as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("{call}: the VM is {state:?}; {mend}")]
+    WrongState { call: &'static str, state: VmState, mend: &'static str },
+    #[error("attach: all {max} {kind} disk slots are taken")]
+    Exhausted { kind: &'static str, max: usize },
+    #[error(transparent)]
+    Attach(Box<dyn std::error::Error + Send + Sync>),
+    #[error("power button: {0}")]
+    Button(#[source] io::Error),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// A place for a disk, as the control plane sees it.
+pub trait DiskSlot {
+    fn serial(&self) -> String;
+    fn read_only(&self) -> bool;
+    fn is_free(&self) -> bool;
+    fn attach(&self, file: File) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+    fn metrics(&self) -> BlkMetrics;
+}
+
+/// Counters of devices.
+pub trait Gauges {
+    fn vsock(&self) -> VsockMetrics;
+    /// Bytes written, bytes dropped.
+    fn console(&self) -> (u64, u64);
+}
+
+/// What the builder made.
+pub struct VmParts {
+    pub fd: VmFd,
+    pub ram: GuestRam,
+    pub vcpus: Vec<VcpuHandle>,
+    pub counters: Arc<ExitCounters>,
+    pub end: Arc<EndLatch>,
+    pub disks: Vec<Box<dyn DiskSlot>>,
+    pub gauges: Box<dyn Gauges>,
+    /// Raises the generic event device's interrupt.
+    pub power_button: EventFd,
+}
+
+/// A VM. Dropping it stops its vCPUs first.
+pub struct Vm {
+    state: VmState,
+    parts: VmParts,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    pub fn new(parts: VmParts) -> Self {
+        Self { state: VmState::Configured, parts }
+    }
+
+    pub fn state(&self) -> VmState {
+        if self.parts.end.is_set() { VmState::Ended } else { self.state }
+    }
+
+    fn require(&self, call: &'static str, allowed: &[VmState], mend: &'static str) -> Result<(), StateError> {
+        let state = self.state();
+        if allowed.contains(&state) { Ok(()) } else { Err(StateError::WrongState { call, state, mend }) }
+    }
+
+    pub fn boot(&mut self) -> Result<(), StateError> {
+        self.require("boot", &[VmState::Configured], "a VM boots once, after its configuration")?;
+        self.run();
+        Ok(())
+    }
+
+    pub fn pause(&mut self) -> Result<(), StateError> {
+        self.require("pause", &[VmState::Running, VmState::ShuttingDown], "only a running VM can be paused")?;
+        self.parts.vcpus.iter().for_each(VcpuHandle::pause);
+        let deadline = Instant::now() + PATIENCE;
+        if let Err(error) = self.parts.vcpus.iter().try_for_each(|vcpu| vcpu.wait(deadline)) {
+            // As it was before the call.
+            self.parts.vcpus.iter().for_each(VcpuHandle::resume);
+            return Err(error.into());
+        }
+        self.state = VmState::Paused;
+        Ok(())
+    }
+
+    /// Continues; `shutting_down` says that the power button was pressed before the pause.
+    pub fn resume(&mut self, shutting_down: bool) -> Result<(), StateError> {
+        self.require("resume", &[VmState::Paused], "only a paused VM can be resumed")?;
+        self.run();
+        if shutting_down {
+            self.state = VmState::ShuttingDown;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) {
+        self.parts.vcpus.iter().for_each(VcpuHandle::resume);
+        self.state = VmState::Running;
+    }
+
+    /// Tells the guest that its power button was pressed.
+    pub fn press_power_button(&mut self) -> Result<(), StateError> {
+        let allowed = [VmState::Running, VmState::ShuttingDown];
+        self.require("shutdown", &allowed, "resume it first, or use deadline 0 to end it by force")?;
+        self.parts.power_button.write(1).map_err(StateError::Button)?;
+        self.state = VmState::ShuttingDown;
+        Ok(())
+    }
+
+    /// Ends the VM whatever the guest does.
+    pub fn force_end(&self) {
+        self.parts.end.set(EndReason::Forced);
+    }
+
+    /// Puts a disk into the first free slot of its kind.
+    pub fn attach(&mut self, disk: Disk) -> Result<AttachedDisk, StateError> {
+        let living = [VmState::Configured, VmState::Running, VmState::Paused, VmState::ShuttingDown];
+        self.require("attach", &living, "the guest has ended")?;
+        let mut slots = self.parts.disks.iter();
+        let slot = slots.find(|slot| slot.read_only() == disk.read_only && slot.is_free());
+        let Some(slot) = slot else {
+            let (kind, max) =
+                if disk.read_only { ("read-only", READ_ONLY) } else { ("writable", WRITABLE) };
+            return Err(StateError::Exhausted { kind, max });
+        };
+        slot.attach(disk.file).map_err(StateError::Attach)?;
+        Ok(AttachedDisk { serial: slot.serial() })
+    }
+
+    /// Counters; the times that are not the VM's own are for the caller to fill in.
+    pub fn metrics(&self) -> Metrics {
+        let (console_bytes, console_dropped) = self.parts.gauges.console();
+        Metrics {
+            boot: BootTimes { entered_ns: self.parts.counters.entered_ns(), ..Default::default() },
+            exits: self.parts.counters.exits(),
+            blk: self.parts.disks.iter().filter(|disk| !disk.is_free()).map(|disk| disk.metrics()).collect(),
+            vsock: self.parts.gauges.vsock(),
+            console_bytes,
+            console_dropped,
+        }
+    }
+
+    pub fn ram(&self) -> &GuestRam {
+        &self.parts.ram
+    }
+
+    pub fn fd(&self) -> &VmFd {
+        &self.parts.fd
+    }
+
+    /// Before boot only: the builder's last step.
+    pub(super) fn add_vcpu(&mut self, vcpu: VcpuHandle) {
+        self.parts.vcpus.push(vcpu);
+    }
+
+    /// Stops the vCPUs for good.
+    pub fn stop(&mut self) -> Result<(), VcpuError> {
+        vcpu::stop_all(&mut self.parts.vcpus, PATIENCE)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            // Guest memory must not be unmapped, and perhaps reused, under a running vCPU.
+            log::error("vm", format_args!("{error}; the process exits at once"));
+            std::process::exit(1);
+        }
+    }
+}
