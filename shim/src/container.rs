@@ -22,6 +22,8 @@ use crate::vm::Vm;
 
 /// How long Delete waits for a client to take the last output (runc's shim: the same).
 const DRAIN: Duration = Duration::from_secs(10);
+/// How long a client may stop reading output before the exit is told all the same.
+const STALL: Duration = Duration::from_secs(10);
 /// How long a killed process may take to be reported.
 const KILLED: Duration = Duration::from_secs(10);
 /// After the agent's connection broke, how long its VM may take to end by itself.
@@ -57,7 +59,7 @@ pub(crate) struct Container {
     phase: tokio::sync::Mutex<Phase>,
     started: Mutex<SystemTime>,
     exit: watch::Sender<Option<Exit>>,
-    streams: Mutex<Option<Streams>>,
+    streams: Streams,
     holder: Mutex<Option<Holder>>,
 }
 
@@ -86,7 +88,7 @@ impl Container {
             phase: tokio::sync::Mutex::new(Phase::Created),
             started: Mutex::new(SystemTime::now()),
             exit: watch::Sender::new(None),
-            streams: Mutex::new(Some(parts.streams)),
+            streams: parts.streams,
             holder: Mutex::new(Some(parts.holder)),
         }
     }
@@ -110,9 +112,13 @@ impl Container {
                 (KILLED_STATUS, None)
             }
         };
-        seen();
-        let mut phase = self.phase.lock().await;
         let at = self.exit_time(guest_ns);
+        seen();
+        // Clients take the exit for the end of the output.
+        if !self.streams.settle(STALL).await {
+            warn!(self.log, "output is not being read; the exit is told nevertheless");
+        }
+        let mut phase = self.phase.lock().await;
         if *phase != Phase::Deleted {
             *phase = Phase::Stopped;
         }
@@ -148,9 +154,7 @@ impl Container {
             Phase::Deleted => return Err(Error::State("cannot start a deleted process".into())),
         }
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
-        if let Some(streams) = &*self.streams.lock().unwrap_or_else(PoisonError::into_inner) {
-            streams.start_input()?;
-        }
+        self.streams.start_input()?;
         with_vm(&self.vm, "starting the container", self.guest.start(&self.id)).await?;
         *phase = Phase::Running;
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
@@ -201,9 +205,7 @@ impl Container {
     }
 
     pub(crate) fn close_stdin(&self) {
-        if let Some(streams) = &*self.streams.lock().unwrap_or_else(PoisonError::into_inner) {
-            streams.close_stdin();
-        }
+        self.streams.close_stdin();
     }
 
     /// Takes the container out of the guest: its disks are unmounted and clean afterwards.
@@ -225,10 +227,7 @@ impl Container {
         if *phase == Phase::Deleted {
             return Err(Error::NoContainer);
         }
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(streams) = streams
-            && !streams.drain(DRAIN).await
-        {
+        if !self.streams.drain(DRAIN).await {
             warn!(self.log, "output was not taken in time and is lost");
         }
         if !self.vm.has_ended() {

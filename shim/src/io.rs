@@ -4,25 +4,36 @@
 //!
 //! Only the input is opened later, at Start: `ctr` calls CloseIO when its own input ends, but
 //! not before Create has answered, and its input ends the moment that the fifo has taken it.
+//!
+//! Clients close their end of the output when they learn of the exit (`ctr` does, in all
+//! versions), whatever is still in the fifo. So the exit is told when they have read all
+//! ([`Streams::settle`]), unless they stopped reading.
 
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use slog::{Logger, debug, warn};
 use spore_agent_api::stream::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe::{OpenOptions, Receiver, Sender};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::guest::{Guest, GuestError, GuestStdio};
 
 /// One copy's buffer: the size of a pipe.
 const CHUNK: usize = 64 * 1024;
+/// How often a fifo is looked at that a client has still to empty: nothing tells when.
+const EMPTYING: Duration = Duration::from_millis(1);
+const EMPTYING_SLOWLY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StdioError {
@@ -130,13 +141,23 @@ enum Input {
 /// Running copies of one process.
 pub(crate) struct Streams {
     input: Mutex<Input>,
-    outputs: Vec<JoinHandle<()>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+    /// Output copies that have not ended.
+    running: watch::Sender<usize>,
+    /// Grows with every byte that goes somewhere.
+    progress: Arc<AtomicU64>,
     log: Logger,
 }
 
 impl Streams {
     fn new(log: &Logger) -> Self {
-        Self { input: Mutex::new(Input::None), outputs: Vec::new(), log: log.clone() }
+        Self {
+            input: Mutex::new(Input::None),
+            outputs: Mutex::default(),
+            running: watch::Sender::new(0),
+            progress: Arc::default(),
+            log: log.clone(),
+        }
     }
 
     /// Connects each fifo with its guest stream.
@@ -183,13 +204,21 @@ impl Streams {
 
     /// `keep` is the unused direction: closing it would look as if the client had gone.
     fn start_output(
-        &mut self,
+        &self,
         name: &'static str,
         fifo: Option<Sender>,
         from_guest: OwnedReadHalf,
         keep: Option<OwnedWriteHalf>,
     ) {
-        self.outputs.push(tokio::spawn(copy_output(name, from_guest, fifo, keep, self.log.clone())));
+        let running = self.running.clone();
+        let (progress, log) = (Arc::clone(&self.progress), self.log.clone());
+        running.send_modify(|count| *count += 1);
+        let copy = tokio::spawn(async move {
+            copy_output(name, from_guest, fifo, &progress, &log).await;
+            drop(keep);
+            running.send_modify(|count| *count -= 1);
+        });
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner).push(copy);
     }
 
     fn input(&self) -> std::sync::MutexGuard<'_, Input> {
@@ -224,29 +253,40 @@ impl Streams {
         }
     }
 
-    /// Waits until every byte that the process wrote has reached the fifos, at most
-    /// `deadline` (a client that has gone away leaves a full fifo), then closes them.
-    pub(crate) async fn drain(mut self, deadline: Duration) -> bool {
-        let deadline = tokio::time::Instant::now() + deadline;
-        let mut whole = true;
-        for mut output in std::mem::take(&mut self.outputs) {
-            if tokio::time::timeout_at(deadline, &mut output).await.is_err() {
-                output.abort();
-                whole = false;
+    /// Waits until clients have read all output to its end, as long as there is progress at
+    /// least every `stall`. Says whether all of it was read (or nobody reads).
+    pub(crate) async fn settle(&self, stall: Duration) -> bool {
+        let mut running = self.running.subscribe();
+        loop {
+            let before = self.progress.load(Ordering::Relaxed);
+            let ended = tokio::time::timeout(stall, running.wait_for(|count| *count == 0)).await.is_ok();
+            if ended || self.progress.load(Ordering::Relaxed) == before {
+                return ended;
             }
         }
+    }
+
+    /// Like [`Streams::settle`], but `deadline` is the whole time; then the fifos are closed.
+    pub(crate) async fn drain(&self, deadline: Duration) -> bool {
+        let mut running = self.running.subscribe();
+        let whole = tokio::time::timeout(deadline, running.wait_for(|count| *count == 0)).await.is_ok();
+        self.close();
         whole
+    }
+
+    fn close(&self) {
+        if let Input::Open { copy, .. } = std::mem::replace(&mut *self.input(), Input::None) {
+            copy.abort();
+        }
+        for output in self.outputs.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            output.abort();
+        }
     }
 }
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        if let Input::Open { copy, .. } = &*self.input() {
-            copy.abort();
-        }
-        for output in &self.outputs {
-            output.abort();
-        }
+        self.close();
     }
 }
 
@@ -270,8 +310,8 @@ async fn copy_output(
     name: &'static str,
     mut guest: OwnedReadHalf,
     mut fifo: Option<Sender>,
-    _keep: Option<OwnedWriteHalf>,
-    log: Logger,
+    progress: &AtomicU64,
+    log: &Logger,
 ) {
     let mut buffer = vec![0; CHUNK];
     let mut total = 0u64;
@@ -282,15 +322,49 @@ async fn copy_output(
                 return Ok(());
             }
             total += length as u64;
-            if let Some(fifo) = &mut fifo {
-                fifo.write_all(&buffer[..length]).await?;
+            let mut rest = &buffer[..length];
+            while let Some(fifo) = fifo.as_mut().filter(|_| !rest.is_empty()) {
+                let written = fifo.write(rest).await?;
+                progress.fetch_add(written as u64, Ordering::Relaxed);
+                rest = &rest[written..];
             }
         }
     }
     .await;
-    match end {
-        Ok(()) => debug!(log, "stream ended"; "stream" => name, "bytes" => total),
-        Err(error) => warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error),
+    if let Err(error) = end {
+        warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
+    }
+    let emptied = match fifo {
+        Some(fifo) => emptied(fifo, progress).await,
+        None => Ok(()),
+    };
+    debug!(log, "stream ended"; "stream" => name, "bytes" => total, "emptied" => ?emptied);
+}
+
+/// Waits until a client has read what the fifo holds, or none has it open.
+async fn emptied(fifo: Sender, progress: &AtomicU64) -> io::Result<()> {
+    // We read nothing from it, but have it open for reading too; without that the kernel
+    // tells whether anybody else has.
+    let path = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+    let writer = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    drop(fifo);
+    let mut before = u64::MAX;
+    let mut pause = EMPTYING;
+    loop {
+        let mut poll = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+        nix::poll::poll(&mut poll, PollTimeout::ZERO)?;
+        let nobody = poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
+        let left = crate::process::readable_bytes(&writer)?;
+        if nobody || left == 0 {
+            return Ok(());
+        }
+        if left < before {
+            progress.fetch_add(1, Ordering::Relaxed);
+            pause = EMPTYING;
+        }
+        before = left;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(EMPTYING_SLOWLY);
     }
 }
 

@@ -104,6 +104,36 @@ pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Owned
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
+/// How many bytes a pipe holds.
+pub(crate) fn readable_bytes(pipe: &impl AsRawFd) -> io::Result<u64> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int to the address given, which is ours.
+    let result = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    if result == 0 { Ok(u64::try_from(count).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives back what starting a sandbox needed and keeping it does not: free heap, and the
+/// program's code, which is the page cache's and comes back page by page as it is used.
+pub(crate) fn trim_memory() {
+    // SAFETY: malloc_trim only releases memory that the allocator has free.
+    unsafe { libc::malloc_trim(0) };
+    for line in std::fs::read_to_string("/proc/self/maps").unwrap_or_default().lines() {
+        let mut fields = line.split_whitespace();
+        let (Some(range), Some("r-xp")) = (fields.next(), fields.next()) else { continue };
+        if !line.contains('/') {
+            continue;
+        }
+        let bounds = range
+            .split_once('-')
+            .map(|(from, to)| (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16)));
+        if let Some((Ok(from), Ok(to))) = bounds {
+            // SAFETY: a private file mapping that is executable and was never writable has
+            // no page that differs from the file, so dropping its pages changes nothing.
+            unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
+        }
+    }
+}
+
 /// Takes ownership of descriptors that the kernel delivered with a message.
 pub(crate) fn adopt(fds: Vec<std::os::fd::RawFd>) -> Vec<OwnedFd> {
     // SAFETY: each number was just installed by recvmsg(2) for this call's caller alone.

@@ -69,6 +69,8 @@ impl Task for TaskService {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         self.init(&request.id, &request.exec_id)?;
         let pid = self.sandbox.start(&request.id).await?;
+        // After the answer is on its way.
+        tokio::spawn(async { crate::process::trim_memory() });
         Ok(StartResponse { pid, ..Default::default() })
     }
 

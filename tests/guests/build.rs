@@ -18,7 +18,10 @@ fn main() {
         .args(["--target", "x86_64-unknown-linux-gnu", "-C", "opt-level=2", "-C", "panic=abort"])
         .args(["-C", "relocation-model=static", "-C", "target-feature=+crt-static"])
         .args(["-C", "force-unwind-tables=no", "-C", "strip=debuginfo"])
-        .args(["-C", "link-args=-nostdlib -nostartfiles -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack"])
+        .args([
+            "-C",
+            "link-args=-nostdlib -nostartfiles -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack",
+        ])
         .arg("-C")
         .arg(format!("link-arg=-Wl,-T,{}", guest.join("link.ld").display()))
         .arg("-o")

@@ -7,12 +7,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
+};
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::api::{
-    ConsoleConfig, DiskConfig, FdIndex, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION, VmConfig,
-    VsockConfig,
+    ConsoleConfig, DiskConfig, FdIndex, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION,
+    VmConfig, VsockConfig,
 };
 use crate::arch;
 use crate::control::{FdError, FdTable};
@@ -26,7 +28,9 @@ const MAX_HOST_PORTS: usize = 64;
 /// A message asks for what cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("protocol: version {found}; this VMM speaks {PROTOCOL_VERSION}: install shim and VMM of one release")]
+    #[error(
+        "protocol: version {found}; this VMM speaks {PROTOCOL_VERSION}: install shim and VMM of one release"
+    )]
     Protocol { found: u32 },
     #[error("{what}: {found}; allowed is {min} to {max}")]
     Range { what: &'static str, found: u64, min: u64, max: u64 },
@@ -138,7 +142,9 @@ fn in_range(what: &'static str, found: u64, min: u64, max: u64) -> Result<(), Co
 }
 
 fn count_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
-    for (kind, read_only, max) in [("read-only", true, slots::READ_ONLY), ("writable", false, slots::WRITABLE)] {
+    for (kind, read_only, max) in
+        [("read-only", true, slots::READ_ONLY), ("writable", false, slots::WRITABLE)]
+    {
         let found = disks.iter().filter(|disk| disk.read_only == read_only).count();
         if found > max {
             return Err(ConfigError::Disks { kind, found, max });

@@ -91,7 +91,8 @@ fn obey(fd: RawFd, start: u64) -> ExitCode {
 }
 
 fn run_alone(options: Run, start: u64) -> ExitCode {
-    let Run { kernel, initrd, disks, console, vcpus, memory, vsock, host_ports, mut cmdline, append } = options;
+    let Run { kernel, initrd, disks, console, vcpus, memory, vsock, host_ports, mut cmdline, append } =
+        options;
     if let Some(more) = append {
         cmdline.push(' ');
         cmdline.push_str(&more);

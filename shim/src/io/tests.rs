@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use slog::o;
@@ -55,7 +56,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
         }
     });
     let (from_guest, to_guest) = shim.into_split();
-    let mut streams = Streams::new(&log());
+    let streams = Streams::new(&log());
     streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
     // The process writes all and exits at once.
     let writer = tokio::spawn(async move {
@@ -77,7 +78,7 @@ async fn a_client_may_detach_and_another_come_back() {
     let fifos = Fifos::open(&stdio).unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (from_guest, to_guest) = shim.into_split();
-    let mut streams = Streams::new(&log());
+    let streams = Streams::new(&log());
     streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
     let read = |path: PathBuf, length: usize| async move {
         tokio::task::spawn_blocking(move || {
@@ -103,13 +104,38 @@ async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
     let fifos = Fifos::open(&stdio).unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (from_guest, to_guest) = shim.into_split();
-    let mut streams = Streams::new(&log());
+    let streams = Streams::new(&log());
     streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
     let writer = tokio::spawn(async move {
         let _ = guest.write_all(&vec![0; 4 << 20]).await;
     });
+    assert!(!streams.settle(Duration::from_millis(200)).await, "no progress");
     assert!(!streams.drain(Duration::from_millis(200)).await);
     writer.await.unwrap();
+}
+
+#[tokio::test]
+async fn output_is_settled_when_the_client_has_read_it_or_there_is_none() {
+    for attached in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "stdout");
+        let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+        let fifos = Fifos::open(&stdio).unwrap();
+        let client =
+            attached.then(|| File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap());
+        let (shim, mut guest) = UnixStream::pair().unwrap();
+        let (from_guest, to_guest) = shim.into_split();
+        let streams = Streams::new(&log());
+        streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+        guest.write_all(b"the last words").await.unwrap();
+        drop(guest);
+        if let Some(mut client) = client {
+            assert!(!streams.settle(Duration::from_millis(200)).await, "unread");
+            let mut bytes = [0; 100];
+            assert_eq!(client.read(&mut bytes).unwrap(), 14);
+        }
+        assert!(streams.settle(DEADLINE).await);
+    }
 }
 
 #[tokio::test]

@@ -237,8 +237,10 @@ impl container_ttrpc::Container for Agent {
             .map(|a| a.as_str().unwrap().into())
             .collect();
         let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
-        let mut child = tokio::process::Command::new(&args[0])
-            .args(&args[1..])
+        // A container's process ends with its VM.
+        let mut child = tokio::process::Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .args(&args)
             .stdin(piped(process.stdio.stdin))
             .stdout(piped(process.stdio.stdout))
             .stderr(piped(process.stdio.stderr))

@@ -28,10 +28,9 @@ const VMM_KIB: f64 = 5.0 * 1024.0;
 /// Phases: name, the timeline's key where it begins and where it ends.
 const PHASES: &[(&str, &str, &str)] = &[
     ("shim: start until it serves", "shim_start_ns", "serving_ns"),
-    ("shim: rootfs prepared", "create_ns", "rootfs_ready_ns"),
-    ("VMM: process spawned", "rootfs_ready_ns", "vmm_spawned_ns"),
-    ("VMM: configured", "vmm_spawned_ns", "vmm_ready_ns"),
-    ("VMM: guest entered", "vmm_ready_ns", "kernel_entry_ns"),
+    ("rootfs prepared, beside the VMM", "create_ns", "rootfs_ready_ns"),
+    ("VMM: process spawned", "create_ns", "vmm_spawned_ns"),
+    ("VMM: configured, guest entered", "vmm_spawned_ns", "kernel_entry_ns"),
     ("guest kernel and agent up", "kernel_entry_ns", "agent_ready_ns"),
     ("container created", "agent_ready_ns", "container_created_ns"),
     ("container started", "container_created_ns", "container_started_ns"),

@@ -92,11 +92,12 @@ pub(crate) struct Subject {
     pub(crate) bed: Arc<Bed>,
     pub(crate) series: String,
     pub(crate) runtime: Runtime,
+    warm: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl Subject {
     pub(crate) fn new(bed: Arc<Bed>, series: &str, runtime: Runtime) -> Self {
-        Self { bed, series: series.to_owned(), runtime }
+        Self { bed, series: series.to_owned(), runtime, warm: Arc::default() }
     }
 
     /// Runs a case, alone if it asks for that.
@@ -160,6 +161,15 @@ impl Subject {
     /// The same, run to its end in a shell of the image.
     pub(crate) fn shell(&self, what: &str, script: &str) -> Result<Output> {
         self.run(what, &["sh", "-c", script])?.run()
+    }
+
+    /// Runs one container, once, so that what is made once and kept (caches) exists.
+    pub(crate) fn warm_up(&self) -> Result<()> {
+        let warm = self.warm.get_or_init(|| {
+            let output = self.run("warm", &["true"]).and_then(Call::run).map_err(|error| format!("{error:#}"))?;
+            if output.success() { Ok(()) } else { Err(output.to_string()) }
+        });
+        warm.clone().map_err(|error| anyhow!("the first container: {error}"))
     }
 
     /// Directories of this containerd whose files are counted.

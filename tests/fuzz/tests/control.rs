@@ -21,7 +21,8 @@ use spore_vmm::control::socket::{Socket, send_with};
 use spore_vmm::control::{Channel, FdTable, Incoming};
 
 fn channel() -> (Channel, OwnedFd) {
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     (Channel::new(Socket::new(ours).unwrap()), theirs)
 }
 
@@ -93,9 +94,25 @@ fn value() -> impl Strategy<Value = Value> {
 }
 
 const PLACES: &[&str] = &[
-    "/protocol", "/vcpus", "/memory_mib", "/kvm", "/kernel", "/initrd", "/cmdline", "/console", "/console/output",
-    "/console/input", "/console/cap_bytes", "/vsock", "/vsock/guest_cid", "/vsock/listener", "/vsock/host_ports",
-    "/disks", "/disks/0", "/disks/0/file", "/disks/1/read_only",
+    "/protocol",
+    "/vcpus",
+    "/memory_mib",
+    "/kvm",
+    "/kernel",
+    "/initrd",
+    "/cmdline",
+    "/console",
+    "/console/output",
+    "/console/input",
+    "/console/cap_bytes",
+    "/vsock",
+    "/vsock/guest_cid",
+    "/vsock/listener",
+    "/vsock/host_ports",
+    "/disks",
+    "/disks/0",
+    "/disks/0/file",
+    "/disks/1/read_only",
 ];
 
 proptest! {

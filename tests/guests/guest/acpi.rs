@@ -94,7 +94,10 @@ impl Tables {
 
     pub fn reset(&self) -> Option<(u16, u8)> {
         let supported = self.fadt.field::<u32>(112)? & 1 << 10 != 0;
-        supported.then(|| port(self.fadt.address + 116)).flatten().map(|port| (port, read(self.fadt.address + 128)))
+        supported
+            .then(|| port(self.fadt.address + 116))
+            .flatten()
+            .map(|port| (port, read(self.fadt.address + 128)))
     }
 
     /// SLP_TYP of `Name (_S5, Package () { typ, … })`.
@@ -160,7 +163,12 @@ impl Tables {
             madt.say();
         }
         say!("hardware-reduced={}", tables.fadt.field::<u32>(112).unwrap_or(0) >> 20 & 1);
-        say!("sleep-control={:?} s5={:?} reset={:?}", tables.sleep_control(), tables.s5_type(), tables.reset());
+        say!(
+            "sleep-control={:?} s5={:?} reset={:?}",
+            tables.sleep_control(),
+            tables.s5_type(),
+            tables.reset()
+        );
         say!("cpus={}", tables.cpus());
         let uart = [0x0c, 0x41, 0xd0, 0x05, 0x01];
         let button = [0x0c, 0x41, 0xd0, 0x0c, 0x0c];

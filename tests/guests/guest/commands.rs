@@ -91,9 +91,8 @@ impl Machine {
                 let index = self.disk(arguments.text()?)?;
                 config_interrupt(self.opened(index)?)
             }
-            "disk-fill" | "disk-check" | "disk-sum" | "disk-write" | "disk-discard" | "disk-zero" | "disk-flush" => {
-                self.disk_command(name, arguments)
-            }
+            "disk-fill" | "disk-check" | "disk-sum" | "disk-write" | "disk-discard" | "disk-zero"
+            | "disk-flush" => self.disk_command(name, arguments),
             _ => Err("unknown command"),
         }
     }
@@ -129,7 +128,8 @@ impl Machine {
 
     /// Writes and reads both ends of every usable range above the image.
     fn memory(&self) -> Outcome {
-        for range in self.boot.ranges().filter(|range| range.kind == 1 && range.start + range.size > 1 << 24) {
+        for range in self.boot.ranges().filter(|range| range.kind == 1 && range.start + range.size > 1 << 24)
+        {
             let first = (range.start.max(1 << 24) + 7) & !7;
             let last = (range.start + range.size - 8) & !7;
             for address in [first, first + (last - first) / 16 * 8, last] {
@@ -316,7 +316,13 @@ fn dirty(mib: u64, rounds: u64) -> Outcome {
 /// What each slot says it is.
 fn bus() -> Outcome {
     for device in virtio::find(0) {
-        say!("slot {} kind={} version={} features={:#x}", device.slot, device.kind(), device.version(), device.features());
+        say!(
+            "slot {} kind={} version={} features={:#x}",
+            device.slot,
+            device.kind(),
+            device.version(),
+            device.features()
+        );
     }
     Ok(())
 }

@@ -33,7 +33,8 @@ impl BootParams {
             while length < 2048 && *((address + length) as *const u8) != 0 {
                 length += 1;
             }
-            core::str::from_utf8(core::slice::from_raw_parts(address as *const u8, length as usize)).unwrap_or("")
+            core::str::from_utf8(core::slice::from_raw_parts(address as *const u8, length as usize))
+                .unwrap_or("")
         }
     }
 

@@ -98,7 +98,13 @@ pub fn serve(ports: impl Iterator<Item = u32>) -> Result<(), &'static str> {
     };
     for (index, port) in ports.enumerate() {
         let connection = &mut services.connections[index];
-        *connection = Connection { state: State::Asked, service: PORT_ECHO, local: 5000 + index as u32, remote: port, ..FREE };
+        *connection = Connection {
+            state: State::Asked,
+            service: PORT_ECHO,
+            local: 5000 + index as u32,
+            remote: port,
+            ..FREE
+        };
         services.send(index, OP_REQUEST, 0, 0);
     }
     say!("serving");
@@ -166,7 +172,9 @@ impl Services {
 
     fn find(&self, header: &Header) -> Option<usize> {
         self.connections.iter().position(|connection| {
-            connection.state != State::Free && connection.local == header.dst_port && connection.remote == header.src_port
+            connection.state != State::Free
+                && connection.local == header.dst_port
+                && connection.remote == header.src_port
         })
     }
 

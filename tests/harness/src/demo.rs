@@ -50,9 +50,15 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
 
     title("Whose kernel is it?");
     let here = uname()?;
+    let around = std::fs::read_to_string("/proc/uptime")?;
     println!("  this machine        {host}");
-    println!("  around containerd   {} {}", here.release().to_string_lossy(), here.version().to_string_lossy());
-    let inside = show.quietly(&["uname", "-r", "-v"], None)?;
+    println!(
+        "  around containerd   {} {}, up {} s",
+        here.release().to_string_lossy(),
+        here.version().to_string_lossy(),
+        around.split('.').next().unwrap_or_default(),
+    );
+    let inside = show.quietly(&["sh", "-c", "echo $(uname -r -v), up $(cut -d. -f1 /proc/uptime) s"], None)?;
     ensure!(inside.success(), "{inside}");
     println!("  in the container    {}", inside.text().trim());
     clock.lap("the first container (its root file system was converted)");

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use spore_vmm::api::{
-    AttachedDisk, Call, DiskConfig, EndReason, Event, Failure, FdIndex, Message, Metrics, Reply, Request, VmState,
+    AttachedDisk, Call, DiskConfig, EndReason, Event, Failure, FdIndex, Message, Metrics, Reply, Request,
+    VmState,
 };
 use tempfile::TempDir;
 
@@ -59,7 +60,17 @@ impl Vm {
         unsafe { command.pre_exec(inherit) };
         let child = command.spawn().expect("spore-vmm can be started");
         drop(theirs);
-        Self { control: Some(control), console: None, child, log, folder, next_id: 1, events: VecDeque::new(), shell: None, commands: 0 }
+        Self {
+            control: Some(control),
+            console: None,
+            child,
+            log,
+            folder,
+            next_id: 1,
+            events: VecDeque::new(),
+            shell: None,
+            commands: 0,
+        }
     }
 
     fn control(&self) -> &Control {

@@ -36,7 +36,11 @@ fn read(file: &File, offset: u64, length: usize) -> Vec<u8> {
 
 fn metrics(vm: &mut Vm, serial: &str) -> BlkMetrics {
     let metrics = vm.metrics().blk;
-    metrics.iter().find(|disk| disk.serial == serial).unwrap_or_else(|| panic!("{serial} in {metrics:?}")).clone()
+    metrics
+        .iter()
+        .find(|disk| disk.serial == serial)
+        .unwrap_or_else(|| panic!("{serial} in {metrics:?}"))
+        .clone()
 }
 
 #[test]
@@ -221,7 +225,8 @@ fn a_writable_disk_needs_a_writable_descriptor() {
 /// recovers is used again.
 #[test]
 fn host_errors_become_error_statuses() {
-    let memory: File = memfd_create(c"disk", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap().into();
+    let memory: File =
+        memfd_create(c"disk", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap().into();
     memory.set_len(1 << 20).unwrap();
     let mut vm = Setup::new("shell").disk(memory.try_clone().unwrap(), false).boot();
     done(&mut vm, "disk-write,rw0,0,2048,1");

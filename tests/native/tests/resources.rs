@@ -55,6 +55,8 @@ fn resident_memory_beyond_the_guest_is_printed() {
         let stream = connect(&vm.vsock_path(), port::ECHO).unwrap();
         assert!(exchange(&stream, &data).unwrap() == data);
         let busy = resident_beyond_guest(vm.pid(), mib).unwrap();
-        println!("VMM, {vcpus} vCPUs, {mib} MiB: {idle} KiB resident beyond the guest, {busy} after 8 MiB of echo");
+        println!(
+            "VMM, {vcpus} vCPUs, {mib} MiB: {idle} KiB resident beyond the guest, {busy} after 8 MiB of echo"
+        );
     }
 }

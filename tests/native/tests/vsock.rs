@@ -190,7 +190,14 @@ fn a_connection_before_the_driver_does_no_harm() {
 fn lines_that_are_no_connect_are_closed() {
     let vm = serving();
     let long = vec![b'x'; 10_000];
-    for line in [&b"GET / HTTP/1.1\n"[..], b"CONNECT\n", b"CONNECT 7 8\n", b"CONNECT -1\n", b"CONNECT 99999999999\n", &long] {
+    for line in [
+        &b"GET / HTTP/1.1\n"[..],
+        b"CONNECT\n",
+        b"CONNECT 7 8\n",
+        b"CONNECT -1\n",
+        b"CONNECT 99999999999\n",
+        &long,
+    ] {
         let stream = UnixStream::connect(vm.vsock_path()).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         // The VMM may close before all is written.

@@ -36,7 +36,8 @@ impl PioBus {
     /// to split. All ones where nothing answers.
     pub fn read(&self, port: u16, data: &mut [u8]) -> bool {
         data.fill(0xff);
-        let (Some((offset, mut device)), Some(first)) = (self.0.find(port.into(), 1), data.first_mut()) else {
+        let (Some((offset, mut device)), Some(first)) = (self.0.find(port.into(), 1), data.first_mut())
+        else {
             return false;
         };
         *first = device.read(u16::try_from(offset).unwrap_or_default());

@@ -46,7 +46,8 @@ impl Client {
         let deadline = Instant::now() + patience;
         let request = Request { id: self.next_id, call };
         self.next_id += 1;
-        let bytes = serde_json::to_vec(&request).map_err(|error| ClientError::Malformed(error.to_string()))?;
+        let bytes =
+            serde_json::to_vec(&request).map_err(|error| ClientError::Malformed(error.to_string()))?;
         while !send_with(self.socket.as_fd(), &bytes, fds)? {
             self.wait(PollFlags::POLLOUT, deadline, patience)?;
         }
@@ -54,7 +55,9 @@ impl Client {
             match self.receive()? {
                 Some((Message::Response { id, result }, _)) if id == request.id => return Ok(result),
                 Some((Message::Response { id, .. }, _)) => {
-                    return Err(ClientError::Malformed(format!("an answer to request {id}, which was not asked")));
+                    return Err(ClientError::Malformed(format!(
+                        "an answer to request {id}, which was not asked"
+                    )));
                 }
                 Some((Message::Event(event), fd)) => self.events.push_back((event, fd)),
                 None => self.wait(PollFlags::POLLIN, deadline, patience)?,

@@ -31,7 +31,8 @@ impl FdTable {
     pub fn take(&mut self, index: FdIndex, what: &str) -> Result<OwnedFd, FdError> {
         let attached = self.slots.len();
         let slot = usize::try_from(index.0).ok().and_then(|at| self.slots.get_mut(at));
-        let slot = slot.ok_or_else(|| FdError::Missing { what: what.to_owned(), index: index.0, attached })?;
+        let slot =
+            slot.ok_or_else(|| FdError::Missing { what: what.to_owned(), index: index.0, attached })?;
         slot.take().ok_or_else(|| FdError::Twice { what: what.to_owned(), index: index.0 })
     }
 

@@ -100,7 +100,8 @@ impl Channel {
     }
 
     fn send(&self, message: &Message, fd: Option<OwnedFd>) -> Result<(), SocketError> {
-        let bytes = serde_json::to_vec(message).map_err(|error| SocketError::Send(io::Error::other(error)))?;
+        let bytes =
+            serde_json::to_vec(message).map_err(|error| SocketError::Send(io::Error::other(error)))?;
         let mut waiting = self.waiting();
         if waiting.len() >= MAX_WAITING {
             return Err(SocketError::PeerStalled { waiting: waiting.len() });

@@ -9,7 +9,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -216,11 +218,13 @@ impl Server {
 
     fn configure(&mut self, config: VmConfig, fds: FdTable) -> Result<Reply, Failure> {
         if let Some(vm) = &self.vm {
-            let message = format!("configure: this process has a VM already ({:?}); start another", vm.state());
+            let message =
+                format!("configure: this process has a VM already ({:?}); start another", vm.state());
             return Err(Failure { code: FailureCode::WrongState, message });
         }
         let machine = MachineConfig::new(config, fds)?;
-        let Built { vm, disks, subscribers } = vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
+        let Built { vm, disks, subscribers } =
+            vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
         for subscriber in subscribers {
             self.manager.add_subscriber(subscriber);
         }

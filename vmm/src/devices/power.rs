@@ -47,7 +47,8 @@ impl PioDevice for PowerControl {
                 if kind == SLEEP_TYPE_S5 {
                     self.0.set(EndReason::Shutdown);
                 } else {
-                    ODD_SLEEP.warn("power", format_args!("guest asked for unknown sleep type {kind}; ignored"));
+                    ODD_SLEEP
+                        .warn("power", format_args!("guest asked for unknown sleep type {kind}; ignored"));
                 }
             }
             RESET if value == RESET_VALUE => self.0.set(EndReason::Reset),

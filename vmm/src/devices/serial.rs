@@ -84,7 +84,8 @@ impl CappedOutput {
         if self.cap > 0 && written.saturating_add(data.len() as u64) > self.cap {
             if !self.capped {
                 self.capped = true;
-                let notice = format!("\n[spore-vmm: console output stops here, at its cap of {} bytes]\n", self.cap);
+                let notice =
+                    format!("\n[spore-vmm: console output stops here, at its cap of {} bytes]\n", self.cap);
                 file.write_all(notice.as_bytes())?;
             }
             self.counters.dropped.fetch_add(data.len() as u64, Ordering::Relaxed);
@@ -117,7 +118,10 @@ fn writable(file: &File, patience: Duration) -> io::Result<bool> {
 impl Write for CappedOutput {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         if let Err(error) = self.put(data) {
-            log::warn("serial", format_args!("writing console output: {error}; all further output is dropped"));
+            log::warn(
+                "serial",
+                format_args!("writing console output: {error}; all further output is dropped"),
+            );
             self.file = None;
         }
         Ok(data.len())

@@ -16,7 +16,9 @@ use super::{Gpa, GuestRam, RamLayout, RamRange};
 pub enum MapError {
     #[error("guest memory: {size} bytes at {start:#x} do not fit this host's address space")]
     TooLarge { start: u64, size: u64 },
-    #[error("guest memory: mapping {size} bytes at {start:#x}: {source}; give the VM less memory or the host more")]
+    #[error(
+        "guest memory: mapping {size} bytes at {start:#x}: {source}; give the VM less memory or the host more"
+    )]
     Map { start: u64, size: u64, source: MmapRegionError },
     #[error("guest memory: the layout {layout:?} is not sorted and free of overlap")]
     Layout { layout: RamLayout },

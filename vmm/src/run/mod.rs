@@ -24,7 +24,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use self::keys::{Keys, Typed};
 use self::terminal::RawTerminal;
 use crate::api::{
-    Call, ConsoleConfig, DiskConfig, EndReason, Event, FdIndex, Failure, PROTOCOL_VERSION, Reply, VmConfig,
+    Call, ConsoleConfig, DiskConfig, EndReason, Event, Failure, FdIndex, PROTOCOL_VERSION, Reply, VmConfig,
     VsockConfig,
 };
 use crate::control::client::{Client, ClientError};
@@ -165,8 +165,11 @@ fn listen(path: &Path, options: &Options, parcel: &mut Parcel) -> Result<VsockCo
     if path.symlink_metadata().is_ok_and(|status| status.file_type().is_socket()) {
         let _ = std::fs::remove_file(path);
     }
-    let listener = UnixListener::bind(path)
-        .map_err(|source| RunError::Open { what: "vsock listener", path: path.to_owned(), source })?;
+    let listener = UnixListener::bind(path).map_err(|source| RunError::Open {
+        what: "vsock listener",
+        path: path.to_owned(),
+        source,
+    })?;
     Ok(VsockConfig {
         guest_cid: GUEST_CID,
         listener: parcel.add(listener),

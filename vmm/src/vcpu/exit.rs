@@ -1,9 +1,7 @@
 #![allow(unsafe_code)] // reads the parts of kvm_run that kvm-ioctls does not hand over
 //! One entry into the guest, and what its exit asks for.
 
-use kvm_bindings::{
-    KVM_EXIT_IO, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-};
+use kvm_bindings::{KVM_EXIT_IO, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{ExitCounters, Shared};
@@ -91,7 +89,11 @@ pub(super) fn step(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Step {
         }
         Ok(VcpuExit::FailEntry(reason, cpu)) => {
             ExitCounters::count(&counters.other);
-            failure(vcpu, index, format!("KVM cannot enter the guest: hardware reason {reason:#x} on CPU {cpu}"))
+            failure(
+                vcpu,
+                index,
+                format!("KVM cannot enter the guest: hardware reason {reason:#x} on CPU {cpu}"),
+            )
         }
         Ok(other) => {
             ExitCounters::count(&counters.other);

@@ -79,7 +79,8 @@ pub fn build(
     end: Arc<EndLatch>,
     on_connection: OnConnection,
 ) -> Result<Built, BuildError> {
-    let MachineConfig { vcpus, memory_bytes, kvm, mut kernel, mut initrd, cmdline, console, vsock, disks } = config;
+    let MachineConfig { vcpus, memory_bytes, kvm, mut kernel, mut initrd, cmdline, console, vsock, disks } =
+        config;
     let kvm = kvm::open(kvm);
     arch::check_host(&kvm, vcpus)?;
     let ram = memory::map(&RamLayout::around(memory_bytes, layout::HOLE))?;
@@ -90,7 +91,13 @@ pub fn build(
     kvm::register_ram(&fd, &ram).map_err(kvm_error("registering guest memory"))?;
     arch::prepare_vm(&fd)?;
 
-    let mut board = Board { fd: &fd, ram: &ram, mmio: MmioBus::default(), described: Vec::new(), subscribers: Vec::new() };
+    let mut board = Board {
+        fd: &fd,
+        ram: &ram,
+        mmio: MmioBus::default(),
+        described: Vec::new(),
+        subscribers: Vec::new(),
+    };
     let mut pio = PioBus::default();
     let console = place_serial(&mut board, &mut pio, console)?;
     let power_button = board.interrupt("the power button", layout::POWER_BUTTON_GSI)?;
@@ -107,8 +114,12 @@ pub fn build(
 
     arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &described })?;
     let counters = Arc::new(ExitCounters::default());
-    let shared =
-        Shared { pio: Arc::new(pio), mmio: Arc::new(mmio), end: Arc::clone(&end), counters: Arc::clone(&counters) };
+    let shared = Shared {
+        pio: Arc::new(pio),
+        mmio: Arc::new(mmio),
+        end: Arc::clone(&end),
+        counters: Arc::clone(&counters),
+    };
     let model = CpuModel::new(&kvm, vcpus)?;
     let mut vm = Vm::new(VmParts {
         vcpus: Vec::new(),

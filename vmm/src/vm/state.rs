@@ -147,8 +147,7 @@ impl Vm {
         let mut slots = self.parts.disks.iter();
         let slot = slots.find(|slot| slot.read_only() == disk.read_only && slot.is_free());
         let Some(slot) = slot else {
-            let (kind, max) =
-                if disk.read_only { ("read-only", READ_ONLY) } else { ("writable", WRITABLE) };
+            let (kind, max) = if disk.read_only { ("read-only", READ_ONLY) } else { ("writable", WRITABLE) };
             return Err(StateError::Exhausted { kind, max });
         };
         slot.attach(disk.file).map_err(StateError::Attach)?;

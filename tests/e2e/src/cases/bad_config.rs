@@ -47,7 +47,7 @@ fn unknown_mount_type(subject: &Subject) -> Result<()> {
 fn run(subject: &Subject, change: impl FnOnce(&mut Value)) -> Result<Output> {
     let text = subject.must(&["oci", "spec"])?;
     let mut spec: Value = serde_json::from_str(&text).context("reading the output of ctr oci spec")?;
-    spec["process"]["args"] = json!(["sh", "-c", "echo it runs"]);
+    spec["process"]["args"] = json!(["/bin/sh", "-c", "echo it runs"]);
     spec["process"]["terminal"] = json!(false);
     spec["root"] = json!({ "path": subject.bed.rootfs() });
     let (id, runtime) = (subject.id("config"), subject.runtime.id());

@@ -78,8 +78,7 @@ fn shim_of(subject: &Subject) -> &'static str {
 type Before = (spore_harness::leftovers::Inventory, Vec<String>);
 
 fn warm(subject: &Subject) -> Result<Before> {
-    let output = subject.run("whole", &["true"])?.run()?;
-    ensure!(output.success(), "{output}");
+    subject.warm_up()?;
     subject.inventory()
 }
 

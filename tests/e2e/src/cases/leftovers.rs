@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::Case;
+use super::status::TELLING;
 use crate::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
@@ -15,19 +16,24 @@ fn soak() -> bool {
     std::env::var_os("SPORE_E2E_SOAK").is_some()
 }
 
+/// One after the other, each with an output and an exit status of its own.
 fn sequential(subject: &Subject) -> Result<()> {
     let count = if soak() { 500 } else { 20 };
-    one(subject)?;
+    subject.warm_up()?;
     let before = subject.inventory()?;
-    for index in 0..count {
-        one(subject).map_err(|error| error.context(format!("run {} of {count}", index + 1)))?;
+    for (index, status) in TELLING.iter().cycle().take(count).enumerate() {
+        let output = subject.shell("one", &format!("echo {index}; exit {status}"))?;
+        ensure!(
+            output.code() == *status && output.text() == format!("{index}\n") && output.errors().is_empty(),
+            "run {index} of {count}, \"exit {status}\": {output}"
+        );
     }
     subject.nothing_beyond(&before)
 }
 
 fn concurrent(subject: &Subject) -> Result<()> {
     let (rounds, width) = if soak() { (20, 16) } else { (1, 8) };
-    one(subject)?;
+    subject.warm_up()?;
     let before = subject.inventory()?;
     for _ in 0..rounds {
         let calls: Vec<_> = (0..width)
@@ -43,15 +49,9 @@ fn concurrent(subject: &Subject) -> Result<()> {
 
 /// A refused start leaves as little.
 fn refused(subject: &Subject) -> Result<()> {
-    one(subject)?;
+    subject.warm_up()?;
     let before = subject.inventory()?;
     let output = subject.run("refused", &["no-such-command"])?.run()?;
     ensure!(!output.success(), "{output}");
     subject.nothing_beyond(&before)
-}
-
-fn one(subject: &Subject) -> Result<()> {
-    let output = subject.run("one", &["echo", "one"])?.run()?;
-    ensure!(output.success() && output.text() == "one\n", "{output}");
-    Ok(())
 }

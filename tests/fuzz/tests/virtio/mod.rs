@@ -12,27 +12,27 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Two regions with a hole between, so that buffers can straddle it.
-pub const LOW: usize = 0x40_0000;
-pub const HIGH_BASE: u64 = 0x50_0000;
-pub const HIGH: usize = 0x1_0000;
+pub(crate) const LOW: usize = 0x40_0000;
+pub(crate) const HIGH_BASE: u64 = 0x50_0000;
+pub(crate) const HIGH: usize = 0x1_0000;
 
-pub const TABLE: u64 = 0;
-pub const AVAILABLE: u64 = 0x4000;
-pub const USED: u64 = 0x8000;
+pub(crate) const TABLE: u64 = 0;
+pub(crate) const AVAILABLE: u64 = 0x4000;
+pub(crate) const USED: u64 = 0x8000;
 
 const DEVICE: u64 = u64::MAX;
 
-pub struct Machine {
-    pub transport: MmioTransport,
-    pub memory: GuestRam,
-    pub sizes: Vec<u16>,
+pub(crate) struct Machine {
+    pub(crate) transport: MmioTransport,
+    pub(crate) memory: GuestRam,
+    pub(crate) sizes: Vec<u16>,
     epoll: Epoll,
     device_fd: Option<i32>,
     _irq: EventFd,
 }
 
 impl Machine {
-    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub(crate) fn new(device: Box<dyn VirtioDevice>) -> Self {
         let memory =
             GuestRam::from_ranges(&[(GuestAddress(0), LOW), (GuestAddress(HIGH_BASE), HIGH)]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -47,23 +47,23 @@ impl Machine {
         Self { transport, memory, sizes, epoll, device_fd, _irq: irq }
     }
 
-    pub fn write(&mut self, offset: u64, value: u32) {
+    pub(crate) fn write(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
-    pub fn read(&mut self, offset: u64) -> u32 {
+    pub(crate) fn read(&mut self, offset: u64) -> u32 {
         let mut word = [0; 4];
         self.transport.read(offset, &mut word);
         u32::from_le_bytes(word)
     }
 
     /// Where the rings of a queue are.
-    pub fn ring(queue: usize) -> u64 {
+    pub(crate) fn ring(queue: usize) -> u64 {
         0x1_0000 * (queue as u64 + 1)
     }
 
     /// Resets, negotiates, clears the rings, sets DRIVER_OK.
-    pub fn start(&mut self, features: u64) {
+    pub(crate) fn start(&mut self, features: u64) {
         self.write(0x70, 0);
         self.write(0x70, status::ACKNOWLEDGE);
         self.write(0x70, status::ACKNOWLEDGE | status::DRIVER);
@@ -94,31 +94,31 @@ impl Machine {
         assert_eq!(self.read(0x70), negotiated | status::DRIVER_OK);
     }
 
-    pub fn put(&self, at: u64, bytes: &[u8]) {
+    pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
-    pub fn get(&self, at: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn get(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
     }
 
-    pub fn u16_at(&self, at: u64) -> u16 {
+    pub(crate) fn u16_at(&self, at: u64) -> u16 {
         self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
-    pub fn used_index(&self, queue: usize) -> u16 {
+    pub(crate) fn used_index(&self, queue: usize) -> u16 {
         self.u16_at(Self::ring(queue) + USED + 2)
     }
 
-    pub fn needs_reset(&mut self) -> bool {
+    pub(crate) fn needs_reset(&mut self) -> bool {
         self.read(0x70) & status::NEEDS_RESET != 0
     }
 
     /// Serves doorbells and sockets, as the event loop does, until all is quiet; false when
     /// it never becomes so.
-    pub fn settle(&mut self) -> bool {
+    pub(crate) fn settle(&mut self) -> bool {
         for _ in 0..200 {
             let mut events = [EpollEvent::default(); 8];
             let count = self.epoll.wait(0, &mut events).unwrap();

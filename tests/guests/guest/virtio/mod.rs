@@ -43,9 +43,9 @@ pub struct Device {
 
 /// The slots that hold a device of `kind` (0: any).
 pub fn find(kind: u32) -> impl Iterator<Item = Device> {
-    (0..SLOTS)
-        .map(|slot| Device { base: FIRST_SLOT + slot * SLOT_SIZE, slot })
-        .filter(move |device| device.read(0) == MAGIC && device.kind() != 0 && (kind == 0 || device.kind() == kind))
+    (0..SLOTS).map(|slot| Device { base: FIRST_SLOT + slot * SLOT_SIZE, slot }).filter(move |device| {
+        device.read(0) == MAGIC && device.kind() != 0 && (kind == 0 || device.kind() == kind)
+    })
 }
 
 impl Device {

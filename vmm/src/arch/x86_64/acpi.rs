@@ -8,6 +8,7 @@
 //! Interrupts are edge-triggered: an irqfd gives pulses. Slots share lines, and every handler
 //! on a line runs for each pulse.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
     ResourceTemplate, Scope,
@@ -18,7 +19,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 use vm_memory::{Address, Bytes};
 
 use super::{SetupError, layout};
@@ -168,10 +168,7 @@ fn serial() -> Vec<u8> {
 fn power_button() -> Vec<u8> {
     let mut devices = bytes_of(&Device::new(
         "PWRB".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
-            &Name::new("_UID".into(), &0u8),
-        ],
+        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &0u8)],
     ));
     let button = Path::new("PWRB");
     devices.extend(bytes_of(&Device::new(
@@ -230,7 +227,12 @@ mod tests {
 
     fn slots() -> Vec<MmioDescription> {
         (0..26)
-            .map(|slot| MmioDescription { slot, base: 0xd000_0000 + slot as u64 * 0x1000, size: 0x1000, gsi: 6 })
+            .map(|slot| MmioDescription {
+                slot,
+                base: 0xd000_0000 + slot as u64 * 0x1000,
+                size: 0x1000,
+                gsi: 6,
+            })
             .collect()
     }
 

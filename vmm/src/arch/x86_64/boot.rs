@@ -224,7 +224,10 @@ mod tests {
     #[test]
     fn memory_map_spans_the_hole() {
         let total = |map: &[(u64, u64, u32)]| -> u64 {
-            map.iter().filter(|(start, _, kind)| *kind == E820_RAM && *start > 0).map(|(_, size, _)| size).sum()
+            map.iter()
+                .filter(|(start, _, kind)| *kind == E820_RAM && *start > 0)
+                .map(|(_, size, _)| size)
+                .sum()
         };
         let map = memory_map(&ram(6 * 1024));
         assert_eq!(total(&map), (6 << 30) - layout::HIGH_RAM);

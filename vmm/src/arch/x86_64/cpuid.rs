@@ -33,8 +33,7 @@ const EXTENDED_TOPOLOGY_AMD: u32 = 0x8000_0026;
 
 /// Leaf 1 ECX: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, SDBG, PDCM. Nested virtualisation
 /// and platform control are not for containers.
-const LEAF1_ECX_OFF: u32 =
-    1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 15;
+const LEAF1_ECX_OFF: u32 = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 15;
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 /// The processor sets it as CR4.OSXSAVE is set; KVM keeps it right from there.
@@ -170,12 +169,8 @@ fn topology(function: u32, vcpus: u8, index: u8) -> impl Iterator<Item = kvm_cpu
         edx: index.into(),
         ..Default::default()
     };
-    [
-        level(0, LEVEL_SMT, 0, 1),
-        level(1, LEVEL_CORE, core_bits(vcpus), vcpus.into()),
-        level(2, 0, 0, 0),
-    ]
-    .into_iter()
+    [level(0, LEVEL_SMT, 0, 1), level(1, LEVEL_CORE, core_bits(vcpus), vcpus.into()), level(2, 0, 0, 0)]
+        .into_iter()
 }
 
 #[cfg(test)]

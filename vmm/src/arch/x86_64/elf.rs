@@ -69,7 +69,8 @@ fn add_segment(
     if offset.checked_add(in_file).is_none_or(|end| end > file_size) {
         return Err(ImageError::Truncated { what: "a segment" });
     }
-    let bad = ImageError::Segment { index, start, size: in_memory, min: layout::HIGH_RAM, max: layout::HOLE.start };
+    let bad =
+        ImageError::Segment { index, start, size: in_memory, min: layout::HIGH_RAM, max: layout::HOLE.start };
     let end = match start.checked_add(in_memory) {
         Some(end) if start >= layout::HIGH_RAM && end <= layout::HOLE.start && in_file <= in_memory => end,
         _ => return Err(bad),

@@ -34,11 +34,15 @@ pub enum ImageError {
     Truncated { what: &'static str },
     #[error("reading {what}: {source}")]
     Read { what: &'static str, source: io::Error },
-    #[error("it is an ELF file of class {class}, data encoding {data}; needed are class 2 (64-bit), encoding 1 (little-endian)")]
+    #[error(
+        "it is an ELF file of class {class}, data encoding {data}; needed are class 2 (64-bit), encoding 1 (little-endian)"
+    )]
     ElfKind { class: u8, data: u8 },
     #[error("it is made for ELF machine {found}, not {wanted} (x86_64)")]
     Machine { found: u16, wanted: u16 },
-    #[error("its ELF header announces {count} program headers of {size} bytes; allowed are 1 to {max} of 56 bytes")]
+    #[error(
+        "its ELF header announces {count} program headers of {size} bytes; allowed are 1 to {max} of 56 bytes"
+    )]
     ProgramHeaders { size: u16, count: u16, max: u16 },
     #[error("its segment {index} wants {size:#x} bytes at {start:#x}; allowed is {min:#x} to {max:#x}")]
     Segment { index: u16, start: u64, size: u64, min: u64, max: u64 },

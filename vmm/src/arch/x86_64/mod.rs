@@ -93,7 +93,8 @@ pub fn check_host(kvm: &Kvm, vcpus: u8) -> Result<(), HostError> {
 /// Sets the VM-wide parts up that must exist before the first vCPU: KVM's private pages and
 /// the interrupt controllers.
 pub fn prepare_vm(vm: &VmFd) -> Result<(), SetupError> {
-    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(kvm_error("setting the identity map address"))?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP)
+        .map_err(kvm_error("setting the identity map address"))?;
     vm.set_tss_address(layout::TSS).map_err(kvm_error("setting the TSS address"))?;
     vm.create_irq_chip().map_err(kvm_error("creating the interrupt controllers"))?;
     route_interrupts(vm)

@@ -156,8 +156,24 @@ pub fn describe_registers(vcpu: &VcpuFd) -> String {
                 text,
                 "rip={:#x} rflags={:#x} rsp={:#x} rbp={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} \
                  rsi={:#x} rdi={:#x} r8={:#x} r9={:#x} r10={:#x} r11={:#x} r12={:#x} r13={:#x} r14={:#x} r15={:#x}",
-                r.rip, r.rflags, r.rsp, r.rbp, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.r8, r.r9,
-                r.r10, r.r11, r.r12, r.r13, r.r14, r.r15
+                r.rip,
+                r.rflags,
+                r.rsp,
+                r.rbp,
+                r.rax,
+                r.rbx,
+                r.rcx,
+                r.rdx,
+                r.rsi,
+                r.rdi,
+                r.r8,
+                r.r9,
+                r.r10,
+                r.r11,
+                r.r12,
+                r.r13,
+                r.r14,
+                r.r15
             );
         }
         Err(error) => drop(write!(text, "registers unreadable: {error}")),
@@ -167,7 +183,15 @@ pub fn describe_registers(vcpu: &VcpuFd) -> String {
             let _ = write!(
                 text,
                 " cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x} cs={:#x}/{:#x} ss={:#x} gdt={:#x} idt={:#x}",
-                s.cr0, s.cr2, s.cr3, s.cr4, s.efer, s.cs.selector, s.cs.base, s.ss.selector, s.gdt.base,
+                s.cr0,
+                s.cr2,
+                s.cr3,
+                s.cr4,
+                s.efer,
+                s.cs.selector,
+                s.cs.base,
+                s.ss.selector,
+                s.gdt.base,
                 s.idt.base
             );
         }
