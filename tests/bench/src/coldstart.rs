@@ -44,7 +44,8 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
     fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
     record_timelines()?;
     let all = series()?;
-    let chosen = all.iter().find(|found| *found == SERIES).or(all.last()).context("the ground has no containerd")?;
+    let chosen =
+        all.iter().find(|found| *found == SERIES).or(all.last()).context("the ground has no containerd")?;
     eprintln!("coldstart: starting containerd {chosen}");
     let log = results.join("logs/containerd.log");
     let containerd = Containerd::start(chosen, &directory.join("containerd"), &log)?;
@@ -74,7 +75,11 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
         Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &measured).against(&reference, None),
     ];
     if runtime == Runtime::Spore {
-        ensure!(lines.len() >= pairs, "the shim wrote {} timelines of {pairs} runs to {TIMELINE}", lines.len());
+        ensure!(
+            lines.len() >= pairs,
+            "the shim wrote {} timelines of {pairs} runs to {TIMELINE}",
+            lines.len()
+        );
         rows.extend(of_timelines(&lines[lines.len() - pairs..], &reference));
     }
     Ok(rows)
@@ -89,21 +94,24 @@ fn once(containerd: &Containerd, runtime: Runtime, id: &str) -> Result<f64> {
 
 fn record_timelines() -> Result<()> {
     let config = fs::read_to_string(CONFIG).with_context(|| format!("reading {CONFIG}"))?;
-    fs::write(CONFIG, format!("timeline = \"{TIMELINE}\"\n{config}")).with_context(|| format!("writing {CONFIG}"))
+    fs::write(CONFIG, format!("timeline = \"{TIMELINE}\"\n{config}"))
+        .with_context(|| format!("writing {CONFIG}"))
 }
 
 fn timelines(results: &Path) -> Result<Vec<Map<String, Value>>> {
     let Ok(text) = fs::read_to_string(TIMELINE) else { return Ok(Vec::new()) };
     fs::write(results.join("timeline.jsonl"), &text)?;
-    text.lines().map(|line| serde_json::from_str(line).with_context(|| format!("reading a timeline: {line}"))).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("reading a timeline: {line}")))
+        .collect()
 }
 
 fn of_timelines(lines: &[Map<String, Value>], runc: &Sample) -> Vec<Row> {
-    let mut rows: Vec<_> = PHASES
+    let mut rows: Vec<_> =
+        PHASES.iter().map(|(name, from, to)| Row::new(name, "ms", &durations(lines, from, to))).collect();
+    let own = lines
         .iter()
-        .map(|(name, from, to)| Row::new(name, "ms", &durations(lines, from, to)))
-        .collect();
-    let own = lines.iter().filter_map(|line| Some(span(line, "shim_start_ns", "exit_seen_ns")? - span(line, BOOT.0, BOOT.1)?));
+        .filter_map(|line| Some(span(line, "shim_start_ns", "exit_seen_ns")? - span(line, BOOT.0, BOOT.1)?));
     rows.push(
         Row::new("all but the guest's boot", "ms", &Sample::new(own.collect())).against(runc, Some(1.0)),
     );

@@ -79,7 +79,8 @@ pub(crate) fn publish(suite: &str, rows: &[Row], results: &Path) -> Result<()> {
     println!("| figure | n | median | p95 | min .. max | unit | reference | ratio | target | met |");
     println!("|---|---|---|---|---|---|---|---|---|---|");
     for row in rows {
-        let optional = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+        let optional =
+            |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
         let met = row.met.map_or("-", |met| if met { "yes" } else { "NO" });
         println!(
             "| {} | {} | {:.1} | {:.1} | {:.1} .. {:.1} | {} | {} | {} | {} | {met} |",

@@ -149,7 +149,13 @@ impl Subject {
     }
 
     /// `ctr run --rm` with options, an image and a command.
-    pub(crate) fn run_with(&self, what: &str, options: &[&str], image: &str, command: &[&str]) -> Result<Call> {
+    pub(crate) fn run_with(
+        &self,
+        what: &str,
+        options: &[&str],
+        image: &str,
+        command: &[&str],
+    ) -> Result<Call> {
         let id = self.id(what);
         let mut args = vec!["run", "--rm", "--runtime", self.runtime.id()];
         args.extend(options);
@@ -166,7 +172,8 @@ impl Subject {
     /// Runs one container, once, so that what is made once and kept (caches) exists.
     pub(crate) fn warm_up(&self) -> Result<()> {
         let warm = self.warm.get_or_init(|| {
-            let output = self.run("warm", &["true"]).and_then(Call::run).map_err(|error| format!("{error:#}"))?;
+            let output =
+                self.run("warm", &["true"]).and_then(Call::run).map_err(|error| format!("{error:#}"))?;
             if output.success() { Ok(()) } else { Err(output.to_string()) }
         });
         warm.clone().map_err(|error| anyhow!("the first container: {error}"))

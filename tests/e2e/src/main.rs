@@ -48,7 +48,10 @@ fn main() -> ExitCode {
 
 fn plan() -> Result<(Arc<Bed>, Vec<Trial>)> {
     let bed = Arc::new(Bed::prepare()?);
-    let runtimes = list("SPORE_E2E_RUNTIMES", "spore").iter().map(|name| name.parse()).collect::<Result<Vec<Runtime>>>()?;
+    let runtimes = list("SPORE_E2E_RUNTIMES", "spore")
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<Vec<Runtime>>>()?;
     let all_series = match std::env::var_os("SPORE_E2E_SERIES") {
         Some(_) => list("SPORE_E2E_SERIES", ""),
         None => series()?,

@@ -226,7 +226,15 @@ impl Call {
         }
         let stdout = Drain::start(child.stdout.take());
         let stderr = Drain::start(child.stderr.take());
-        Ok(Running { child, stdin, stdout, stderr, begin, deadline: self.deadline, what: format!("{:?}", self.command) })
+        Ok(Running {
+            child,
+            stdin,
+            stdout,
+            stderr,
+            begin,
+            deadline: self.deadline,
+            what: format!("{:?}", self.command),
+        })
     }
 
     /// Starts it with its standard input open, for [`Running::feed`].

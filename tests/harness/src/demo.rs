@@ -58,7 +58,8 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
         here.version().to_string_lossy(),
         around.split('.').next().unwrap_or_default(),
     );
-    let inside = show.quietly(&["sh", "-c", "echo $(uname -r -v), up $(cut -d. -f1 /proc/uptime) s"], None)?;
+    let inside =
+        show.quietly(&["sh", "-c", "echo $(uname -r -v), up $(cut -d. -f1 /proc/uptime) s"], None)?;
     ensure!(inside.success(), "{inside}");
     println!("  in the container    {}", inside.text().trim());
     clock.lap("the first container (its root file system was converted)");
@@ -81,7 +82,10 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
 
     title("Several at once");
     let calls: Vec<_> = (1..=3)
-        .map(|index| show.call(&["sh", "-c", &format!("echo guest {index} has pid $$ and its own kernel")], None).spawn())
+        .map(|index| {
+            show.call(&["sh", "-c", &format!("echo guest {index} has pid $$ and its own kernel")], None)
+                .spawn()
+        })
         .collect::<Result<_>>()?;
     for call in calls {
         let output = call.wait()?;
@@ -128,7 +132,11 @@ impl Show<'_> {
     /// Prints the command as a person would type it, its output and its status.
     fn run(&mut self, script: &str, stdin: Option<&str>) -> Result<Output> {
         let feed = stdin.map(|text| format!("printf {text:?} | ")).unwrap_or_default();
-        println!("  $ {feed}ctr run --rm --runtime {} {BUSYBOX} demo-{} sh -c '{script}'", self.runtime.id(), self.next);
+        println!(
+            "  $ {feed}ctr run --rm --runtime {} {BUSYBOX} demo-{} sh -c '{script}'",
+            self.runtime.id(),
+            self.next
+        );
         let output = self.quietly(&["sh", "-c", script], stdin)?;
         for line in output.text().lines() {
             println!("    {line}");

@@ -56,8 +56,12 @@ impl Decision {
     pub fn announce(&self) -> String {
         let what = match self.ground {
             Ground::Direct => "the host's own kernel and KVM, in private namespaces",
-            Ground::Outer(Accelerator::Tcg) => "an outer QEMU machine whose CPU (with SVM) is emulated: slow but real",
-            Ground::Outer(Accelerator::Kvm) => "an outer QEMU machine on the host's KVM with nested virtualisation",
+            Ground::Outer(Accelerator::Tcg) => {
+                "an outer QEMU machine whose CPU (with SVM) is emulated: slow but real"
+            }
+            Ground::Outer(Accelerator::Kvm) => {
+                "an outer QEMU machine on the host's KVM with nested virtualisation"
+            }
         };
         format!("ground: {what}\n        because {}", self.reason)
     }
@@ -84,7 +88,9 @@ pub fn decide(kit: &ProbeKit<'_>) -> Result<Decision> {
     }
     let outer = |accelerator, reason: String| Ok(Decision { ground: Ground::Outer(accelerator), reason });
     let cpu = fs::read_to_string("/proc/cpuinfo").context("reading /proc/cpuinfo")?;
-    let has = |flag| cpu.lines().any(|line| line.starts_with("flags") && line.split_whitespace().any(|f| f == flag));
+    let has = |flag| {
+        cpu.lines().any(|line| line.starts_with("flags") && line.split_whitespace().any(|f| f == flag))
+    };
     if !has("vmx") && !has("svm") {
         return outer(
             Accelerator::Tcg,
@@ -102,9 +108,10 @@ pub fn decide(kit: &ProbeKit<'_>) -> Result<Decision> {
             ground: Ground::Direct,
             reason: "the CPU virtualises and a probe guest booted on /dev/kvm".into(),
         }),
-        Err(error) => {
-            outer(accelerator_of_host(), format!("a probe guest did not boot on this host's /dev/kvm: {error:#}"))
-        }
+        Err(error) => outer(
+            accelerator_of_host(),
+            format!("a probe guest did not boot on this host's /dev/kvm: {error:#}"),
+        ),
     }
 }
 

@@ -99,7 +99,8 @@ fn write(images: &[Image<'_>], path: &Path) -> Result<()> {
         });
         let config = blobs.add("application/vnd.oci.image.config.v1+json", serde_json::to_vec(&config)?);
         let manifest_type = "application/vnd.oci.image.manifest.v1+json";
-        let manifest = json!({ "schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": layers });
+        let manifest =
+            json!({ "schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": layers });
         let mut descriptor = blobs.add(manifest_type, serde_json::to_vec(&manifest)?);
         descriptor["annotations"] = json!({ "io.containerd.image.name": image.name });
         descriptor["platform"] = json!({ "architecture": image.architecture, "os": "linux" });
@@ -131,7 +132,8 @@ impl Blobs {
     /// Returns the blob's descriptor.
     fn add(&mut self, media_type: &str, content: Vec<u8>) -> Value {
         let digest: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
-        let descriptor = json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() });
+        let descriptor =
+            json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() });
         self.0.insert(digest, content);
         descriptor
     }
@@ -139,7 +141,10 @@ impl Blobs {
 
 fn base_layer(busybox: &Path) -> Result<Vec<u8>> {
     let program = fs::read(busybox).with_context(|| format!("reading {}", busybox.display()))?;
-    let applets = Command::new(busybox).arg("--list").output().with_context(|| format!("starting {}", busybox.display()))?;
+    let applets = Command::new(busybox)
+        .arg("--list")
+        .output()
+        .with_context(|| format!("starting {}", busybox.display()))?;
     let applets = String::from_utf8_lossy(&applets.stdout).into_owned();
     let mut layer = tar::Writer::new(Vec::new());
     for directory in ["bin", "dev", "etc", "proc", "sys", "usr", "var"] {
@@ -154,7 +159,11 @@ fn base_layer(busybox: &Path) -> Result<Vec<u8>> {
     layer.symbolic_link("sbin", "bin")?;
     layer.symbolic_link("usr/bin", "../bin")?;
     layer.symbolic_link("usr/sbin", "../bin")?;
-    layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n")?;
+    layer.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n",
+    )?;
     layer.file("etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")?;
     layer.file(NOT_EXECUTABLE.trim_start_matches('/'), 0o644, b"#!/bin/sh\necho this must not run\n")?;
     layer.file(FOREIGN_PROGRAM.trim_start_matches('/'), 0o755, &aarch64_header())?;

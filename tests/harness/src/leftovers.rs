@@ -14,7 +14,8 @@ use crate::wait;
 const SETTLE: Duration = Duration::from_secs(30);
 
 /// Directories of which no file may stay.
-const WATCHED: &[&str] = &["/run", "/tmp", "/var/lib/spore", "/var/lib/containerd", "/dev/shm", "/sys/fs/cgroup"];
+const WATCHED: &[&str] =
+    &["/run", "/tmp", "/var/lib/spore", "/var/lib/containerd", "/dev/shm", "/sys/fs/cgroup"];
 
 /// What exists, one line for each thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +39,11 @@ impl Inventory {
         }
         for device in fs::read_dir("/sys/block")?.flatten() {
             if let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) {
-                found.insert(format!("loop device {} of {}", device.file_name().to_string_lossy(), file.trim()));
+                found.insert(format!(
+                    "loop device {} of {}",
+                    device.file_name().to_string_lossy(),
+                    file.trim()
+                ));
             }
         }
         for directory in WATCHED.iter().map(Path::new).chain(more.iter().map(PathBuf::as_path)) {

@@ -75,7 +75,11 @@ fn crates_depend_only_on_those_that_they_may() {
     for name in dependencies("shim/Cargo.toml") {
         assert!(["spore-vmm", "spore-agent-api"].contains(&name.as_str()), "shim depends on {name}");
     }
-    assert_eq!(dependencies("packaging/guest-image/Cargo.toml"), [""; 0], "packaging depends on no crate of ours");
+    assert_eq!(
+        dependencies("packaging/guest-image/Cargo.toml"),
+        [""; 0],
+        "packaging depends on no crate of ours"
+    );
 }
 
 #[test]
@@ -139,7 +143,10 @@ fn every_path_that_a_readme_names_exists() {
             let first = named.split('/').next().unwrap();
             // A name that begins nowhere in the tree is another system's path or no path.
             let from = [here, repository.as_path()].into_iter().find(|base| base.join(first).exists());
-            if first != "target" && from.is_some() && ![here, repository.as_path()].iter().any(|base| base.join(named).exists()) {
+            if first != "target"
+                && from.is_some()
+                && ![here, repository.as_path()].iter().any(|base| base.join(named).exists())
+            {
                 missing.push(format!("{}: {named}", readme.strip_prefix(&repository).unwrap().display()));
             }
         }

@@ -51,9 +51,12 @@ fn run(subject: &Subject, change: impl FnOnce(&mut Value)) -> Result<Output> {
     spec["process"]["terminal"] = json!(false);
     spec["root"] = json!({ "path": subject.bed.rootfs() });
     let (id, runtime) = (subject.id("config"), subject.runtime.id());
-    spec["linux"]["cgroupsPath"] = json!(format!("/{}/{id}", subject.with(|it| Ok(it.namespace().to_owned()))?));
+    spec["linux"]["cgroupsPath"] =
+        json!(format!("/{}/{id}", subject.with(|it| Ok(it.namespace().to_owned()))?));
     change(&mut spec);
     let file = tempfile::NamedTempFile::new_in("/srv/e2e")?;
     fs::write(file.path(), serde_json::to_vec(&spec)?)?;
-    subject.ctr(&["run", "--rm", "--runtime", runtime, "--config", &file.path().to_string_lossy(), &id])?.run()
+    subject
+        .ctr(&["run", "--rm", "--runtime", runtime, "--config", &file.path().to_string_lossy(), &id])?
+        .run()
 }

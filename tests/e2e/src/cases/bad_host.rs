@@ -35,7 +35,11 @@ const FILES: &str = "/srv/e2e/bad";
 
 /// Runs a container that must be refused: ctr's one error with every one of `words`, nothing
 /// left once the breakage itself is undone.
-fn refused(subject: &Subject, words: &[&str], breakage: impl FnOnce() -> Result<Vec<Box<dyn Send>>>) -> Result<()> {
+fn refused(
+    subject: &Subject,
+    words: &[&str],
+    breakage: impl FnOnce() -> Result<Vec<Box<dyn Send>>>,
+) -> Result<()> {
     subject.warm_up()?;
     let before = subject.inventory()?;
     let broken = breakage()?;
@@ -127,7 +131,9 @@ fn kvm_unusable(subject: &Subject) -> Result<()> {
 }
 
 fn disk_full(subject: &Subject) -> Result<()> {
-    refused(subject, &["/var/lib/spore"], || Ok(vec![Box::new(Over::small(256 << 10, Path::new("/var/lib/spore"))?)]))
+    refused(subject, &["/var/lib/spore"], || {
+        Ok(vec![Box::new(Over::small(256 << 10, Path::new("/var/lib/spore"))?)])
+    })
 }
 
 fn guest_panics(subject: &Subject) -> Result<()> {

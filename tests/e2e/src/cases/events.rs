@@ -24,7 +24,8 @@ fn in_order(subject: &Subject) -> Result<()> {
     })?;
     let id = subject.id("events");
     let runtime = subject.runtime.id();
-    let output = subject.ctr(&["run", "--rm", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", "exit 3"])?.run()?;
+    let output =
+        subject.ctr(&["run", "--rm", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", "exit 3"])?.run()?;
     expect_equal("status", &output.code(), &3)?;
     let listed = wait::until("the task's deletion is announced", DEADLINE, || {
         let topics = topics(&listener.stdout(), &id);

@@ -62,7 +62,17 @@ fn shim_while_it_runs(subject: &Subject) -> Result<()> {
 fn shim_before_delete(subject: &Subject) -> Result<()> {
     let before = warm(subject)?;
     let id = subject.id("stopped");
-    subject.must(&["run", "--detach", "--runtime", subject.runtime.id(), BUSYBOX, &id, "sh", "-c", "exit 0"])?;
+    subject.must(&[
+        "run",
+        "--detach",
+        "--runtime",
+        subject.runtime.id(),
+        BUSYBOX,
+        &id,
+        "sh",
+        "-c",
+        "exit 0",
+    ])?;
     wait::until("the task has stopped", DEADLINE, || {
         let tasks = subject.must(&["tasks", "ls"]).ok()?;
         tasks.lines().any(|line| line.contains(&id) && line.contains("STOPPED")).then_some(())

@@ -12,9 +12,18 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("matrix::bzimage_1_cpu_128_mib", |subject| boots(subject, 1, 128)).spore_only().since("2."),
     Case::new("matrix::bzimage_2_cpus_512_mib", |subject| boots(subject, 2, 512)).spore_only().since("2."),
     Case::new("matrix::bzimage_4_cpus_6_gib", |subject| boots(subject, 4, 6144)).spore_only().since("2."),
-    Case::new("matrix::vmlinux_1_cpu_128_mib", |subject| vmlinux(subject, 1, 128)).spore_only().alone().since("2."),
-    Case::new("matrix::vmlinux_2_cpus_1_gib", |subject| vmlinux(subject, 2, 1024)).spore_only().alone().since("2."),
-    Case::new("matrix::vmlinux_4_cpus_6_gib", |subject| vmlinux(subject, 4, 6144)).spore_only().alone().since("2."),
+    Case::new("matrix::vmlinux_1_cpu_128_mib", |subject| vmlinux(subject, 1, 128))
+        .spore_only()
+        .alone()
+        .since("2."),
+    Case::new("matrix::vmlinux_2_cpus_1_gib", |subject| vmlinux(subject, 2, 1024))
+        .spore_only()
+        .alone()
+        .since("2."),
+    Case::new("matrix::vmlinux_4_cpus_6_gib", |subject| vmlinux(subject, 4, 6144))
+        .spore_only()
+        .alone()
+        .since("2."),
 ];
 
 const VMLINUX: &str = "/opt/payload/spore/vmlinux";
@@ -34,7 +43,8 @@ fn boots(subject: &Subject, vcpus: u32, memory_mib: u64) -> Result<()> {
     let text = output.text();
     let mut lines = text.lines();
     expect_equal("CPUs in the guest", &lines.next().unwrap_or_default(), &vcpus.to_string().as_str())?;
-    let kib: u64 = lines.next().unwrap_or_default().parse().with_context(|| format!("MemTotal in {text:?}"))?;
+    let kib: u64 =
+        lines.next().unwrap_or_default().parse().with_context(|| format!("MemTotal in {text:?}"))?;
     // The kernel keeps a part for itself, more of a small machine's.
     let (most, least) = (memory_mib * 1024, memory_mib * 1024 * 6 / 10);
     ensure!((least..=most).contains(&kib), "{kib} KiB of memory in a guest of {memory_mib} MiB");

@@ -84,7 +84,11 @@ pub(crate) fn all() -> Vec<Case> {
 }
 
 /// Fails with what was found and what was expected.
-pub(crate) fn expect_equal<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, expected: &T) -> Result<()> {
+pub(crate) fn expect_equal<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    found: &T,
+    expected: &T,
+) -> Result<()> {
     anyhow::ensure!(found == expected, "{what}: found {found:?}, expected {expected:?}");
     Ok(())
 }

@@ -17,16 +17,18 @@ pub(crate) const CASES: &[Case] = &[
 /// Whiteouts, opaque directories and replaced files look as they should.
 fn layers(subject: &Subject, snapshotter: &str) -> Result<()> {
     // Unpacks for this snapshotter what is already imported.
-    subject.must(&["images", "mount", "--snapshotter", snapshotter, LAYERS, "/mnt"]).and_then(|_| {
-        subject.must(&["images", "unmount", "--snapshotter", snapshotter, "--rm", "/mnt"])
-    })?;
+    subject
+        .must(&["images", "mount", "--snapshotter", snapshotter, LAYERS, "/mnt"])
+        .and_then(|_| subject.must(&["images", "unmount", "--snapshotter", snapshotter, "--rm", "/mnt"]))?;
     let paths: Vec<_> = LAYERS_FILES.iter().map(|(path, _)| *path).collect();
-    let script = format!("for f in {}; do if [ -e $f ]; then cat $f; echo; else echo -; fi; done", paths.join(" "));
+    let script =
+        format!("for f in {}; do if [ -e $f ]; then cat $f; echo; else echo -; fi; done", paths.join(" "));
     let command = ["sh", "-c", &script];
     let output = subject.run_with("layers", &["--snapshotter", snapshotter], LAYERS, &command)?.run()?;
     ensure!(output.success(), "{output}");
     let found: Vec<_> = output.text().lines().map(str::to_owned).collect();
-    let expected: Vec<_> = LAYERS_FILES.iter().map(|(_, content)| content.unwrap_or("-").to_owned()).collect();
+    let expected: Vec<_> =
+        LAYERS_FILES.iter().map(|(_, content)| content.unwrap_or("-").to_owned()).collect();
     expect_equal("files of the image", &found, &expected)
 }
 

@@ -29,7 +29,8 @@ fn empty(subject: &Subject) -> Result<()> {
 
 /// Line by line: nothing waits for the end of the input or of the output.
 fn a_dialogue(subject: &Subject) -> Result<()> {
-    let mut running = subject.run("dialogue", &["sh", "-c", "echo ready; exec cat"])?.spawn_with_open_stdin()?;
+    let mut running =
+        subject.run("dialogue", &["sh", "-c", "echo ready; exec cat"])?.spawn_with_open_stdin()?;
     running.says("ready\n")?;
     for line in ["one\n", "two\n"] {
         running.feed(line.as_bytes())?;

@@ -6,15 +6,25 @@ use spore_harness::image;
 use super::{Case, expect_equal};
 use crate::bed::Subject;
 
-pub(crate) const CASES: &[Case] = &[Case::new("tasks::second_sees_the_writes_of_the_first", second_sees_first)];
+pub(crate) const CASES: &[Case] =
+    &[Case::new("tasks::second_sees_the_writes_of_the_first", second_sees_first)];
 
 /// Writes belong to the container's rootfs snapshot: they outlive the task, not the container.
 fn second_sees_first(subject: &Subject) -> Result<()> {
     let id = subject.id("twice");
-    let script = "cat /written 2>/dev/null; echo by a task >> /written; rm -f /etc/group; ls /etc/group 2>/dev/null";
+    let script =
+        "cat /written 2>/dev/null; echo by a task >> /written; rm -f /etc/group; ls /etc/group 2>/dev/null";
     for generation in ["first container", "same name again"] {
         subject.must(&[
-            "containers", "create", "--runtime", subject.runtime.id(), image::BUSYBOX, &id, "sh", "-c", script,
+            "containers",
+            "create",
+            "--runtime",
+            subject.runtime.id(),
+            image::BUSYBOX,
+            &id,
+            "sh",
+            "-c",
+            script,
         ])?;
         for expected in ["", "by a task\n"] {
             let output = subject.ctr(&["tasks", "start", &id])?.run()?;

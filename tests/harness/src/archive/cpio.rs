@@ -44,8 +44,8 @@ impl<W: Write> Writer<W> {
         self.inode += 1;
         // magic, inode, mode, uid, gid, links, mtime, size, device of the file (2), device
         // that it names (2), length of the name, checksum (unused).
-        let fields =
-            [self.inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0].map(|field| format!("{field:08x}"));
+        let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0]
+            .map(|field| format!("{field:08x}"));
         let header = format!("070701{}", fields.concat());
         self.out.write_all(header.as_bytes())?;
         self.out.write_all(path.as_bytes())?;

@@ -71,7 +71,10 @@ impl<W: Write> Writer<W> {
 
 fn put(block: &mut [u8; BLOCK], at: usize, room: usize, text: &str) -> io::Result<()> {
     if text.len() > room {
-        return Err(io::Error::other(format!("\"{text}\" takes {} bytes, a tar header has room for {room}", text.len())));
+        return Err(io::Error::other(format!(
+            "\"{text}\" takes {} bytes, a tar header has room for {room}",
+            text.len()
+        )));
     }
     block[at..at + text.len()].copy_from_slice(text.as_bytes());
     Ok(())

@@ -18,7 +18,8 @@ pub fn directory() -> Result<PathBuf> {
     let directory = match std::env::var_os("SPORE_CACHE") {
         Some(directory) => PathBuf::from(directory),
         None => {
-            let home = std::env::var_os("HOME").context("neither SPORE_CACHE nor HOME is set: where to keep the cache?")?;
+            let home = std::env::var_os("HOME")
+                .context("neither SPORE_CACHE nor HOME is set: where to keep the cache?")?;
             PathBuf::from(home).join(".cache/spore")
         }
     };

@@ -40,7 +40,18 @@ pub fn run(root: &Root, payload: &Path, init: &Path, run_directory: &Path, job: 
     fs::create_dir(&mount_point)?;
     let files = run_directory.join("files.tar");
     let mut ground = Command::new("setpriv")
-        .args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup"])
+        .args([
+            "--pdeathsig",
+            "KILL",
+            "--",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--ipc",
+            "--uts",
+            "--net",
+            "--cgroup",
+        ])
         .args(["--fork", "--kill-child", "--propagation", "private", "--"])
         .arg(init)
         .arg("stage")

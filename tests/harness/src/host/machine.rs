@@ -70,14 +70,21 @@ impl Machine<'_> {
         let Some(outcome) = outcome else {
             qemu.kill()?;
             qemu.wait()?;
-            bail!("the outer machine did not end within {} s and was killed\n{}", job.deadline_s, tail(&console));
+            bail!(
+                "the outer machine did not end within {} s and was killed\n{}",
+                job.deadline_s,
+                tail(&console)
+            );
         };
         let status = wait::child("QEMU ends", &mut qemu, Duration::from_secs(30))?;
         match outcome {
             Outcome::Ended(status) => Ok(Finished { status, files: Some(files) }),
-            Outcome::Failed(reason) => bail!("the outer machine could not run the job: {reason}\n{}", tail(&console)),
+            Outcome::Failed(reason) => {
+                bail!("the outer machine could not run the job: {reason}\n{}", tail(&console))
+            }
             Outcome::Silent => {
-                let how = status.signal().map_or_else(|| status.to_string(), |signal| format!("signal {signal}"));
+                let how =
+                    status.signal().map_or_else(|| status.to_string(), |signal| format!("signal {signal}"));
                 bail!("the outer machine ended ({how}) before its job did\n{}", tail(&console))
             }
         }
@@ -85,7 +92,16 @@ impl Machine<'_> {
 
     fn command(&self, initrd: &Path, console: &Path, files: &Path) -> Command {
         let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-M", "q35"]);
+        qemu.args([
+            "--pdeathsig",
+            "KILL",
+            "--",
+            "qemu-system-x86_64",
+            "-nodefaults",
+            "-no-user-config",
+            "-M",
+            "q35",
+        ]);
         match self.accelerator {
             Accelerator::Tcg => {
                 // QEMU 7.2 can leave garbage in RFLAGS after cmpxchg16b (which the kernel's
@@ -111,8 +127,14 @@ impl Machine<'_> {
         qemu.args(root).args(payload);
         // Not "-chardev stdio": at the end of its input it takes the port for disconnected, and
         // the guest's writes block.
-        qemu.args(["-device", "virtio-serial-pci", "-chardev", "file,id=output,path=/proc/self/fd/1", "-chardev"])
-            .arg(format!("file,id=files,path={}", files.display()));
+        qemu.args([
+            "-device",
+            "virtio-serial-pci",
+            "-chardev",
+            "file,id=output,path=/proc/self/fd/1",
+            "-chardev",
+        ])
+        .arg(format!("file,id=files,path={}", files.display()));
         for (chardev, name) in [("output", PORT_OUTPUT), ("files", PORT_FILES)] {
             qemu.args(["-device", &format!("virtserialport,chardev={chardev},name={name}")]);
         }

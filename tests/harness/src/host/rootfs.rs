@@ -160,23 +160,30 @@ fn series(version: &str) -> Result<&str> {
 /// An ext4 image holding `tree`, without a journal: a ground that loses power is thrown away.
 pub fn make_disk(tree: &Path, image: &Path, size: u64) -> Result<()> {
     fs::File::create(image)?.set_len(size)?;
-    run(Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-d"]).arg(tree).arg(image))
+    run(Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-d"])
+        .arg(tree)
+        .arg(image))
 }
 
 /// The Debian mirror of the machine's own apt.
 fn mirror() -> Result<String> {
     let format = "$(LABEL)|$(COMPONENT)|$(REPO_URI)";
-    let targets = output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;
+    let targets =
+        output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;
     let found = targets.lines().find_map(|line| {
         let mut fields = line.split('|');
         let label = fields.next()?;
         let component = fields.next()?;
         let uri = fields.next()?;
         // Before the first "apt-get update" apt knows no label.
-        let debian = label == "Debian" || (label.starts_with('$') && uri.trim_end_matches('/').ends_with("/debian"));
+        let debian =
+            label == "Debian" || (label.starts_with('$') && uri.trim_end_matches('/').ends_with("/debian"));
         (debian && component == "main").then(|| uri.to_owned())
     });
-    found.context("this machine's apt knows no Debian main archive to take the mirror from (apt-get indextargets)")
+    found.context(
+        "this machine's apt knows no Debian main archive to take the mirror from (apt-get indextargets)",
+    )
 }
 
 fn only_entry(directory: &Path) -> Result<String> {

@@ -67,14 +67,20 @@ pub fn run(request: Request) -> Result<i32> {
     let finished = match decision.ground {
         Ground::Outer(accelerator) => {
             let path = run_directory.path();
-            Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }.run(&job)
+            Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }
+                .run(&job)
         }
         Ground::Direct => direct::run(&root, &payload, &init, run_directory.path(), &job),
     };
     fetch(run_directory.path(), &results)?;
     let finished = finished?;
     if finished.status != 0 {
-        eprintln!("test bed: {} ended with status {}; logs: {}", job.program, finished.status, results.display());
+        eprintln!(
+            "test bed: {} ended with status {}; logs: {}",
+            job.program,
+            finished.status,
+            results.display()
+        );
     }
     Ok(finished.status)
 }
@@ -119,7 +125,13 @@ fn fetch(run_directory: &Path, results: &Path) -> Result<()> {
     let files = run_directory.join("files.tar");
     if fs::metadata(&files).is_ok_and(|metadata| metadata.len() > 0) {
         // The archive of a ground that was killed may be cut: what is there still helps.
-        let tar = Command::new("tar").arg("-xf").arg(&files).arg("-C").arg(results).status().context("starting tar")?;
+        let tar = Command::new("tar")
+            .arg("-xf")
+            .arg(&files)
+            .arg("-C")
+            .arg(results)
+            .status()
+            .context("starting tar")?;
         if !tar.success() {
             eprintln!("test bed: the results in {} are incomplete", results.display());
         }

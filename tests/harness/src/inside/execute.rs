@@ -50,7 +50,10 @@ pub(super) fn run(job: &Job, mut output: &File, files: &File) -> Result<()> {
     let mut status = reap_until(pid)?;
     drop(done);
     if watchdog.join().unwrap_or(false) {
-        let message = format!("\ntest bed: {} passed its deadline of {} s and was killed\n", job.program, job.deadline_s);
+        let message = format!(
+            "\ntest bed: {} passed its deadline of {} s and was killed\n",
+            job.program, job.deadline_s
+        );
         output.write_all(message.as_bytes())?;
         status = STATUS_DEADLINE;
     }

@@ -13,7 +13,8 @@ const COMPRESSED: libc::c_int = 4;
 
 /// Loads every module of a folder in the order of their names.
 pub(super) fn load_all(folder: &Path) -> Result<()> {
-    let mut paths: Vec<_> = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    let mut paths: Vec<_> =
+        std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
     paths.sort();
     for path in paths {
         load(&path).with_context(|| format!("loading the kernel module {}", path.display()))?;
