@@ -1,3 +1,4 @@
+#![allow(unsafe_code)] // bpf(2) has no safe wrapper.
 //! The device rules of a container, as an eBPF program on its cgroup.
 //!
 //! cgroup v2 has no file for them. Without rules, a container that may mknod (Docker's and
@@ -7,8 +8,6 @@
 //! `struct bpf_cgroup_dev_ctx` of include/uapi/linux/bpf.h. Rules apply in order and the last
 //! match decides, so the program tests them from the last to the first. Behind the spec's own
 //! stand the devices that every container has, as with runc; what no rule names is denied.
-
-#![allow(unsafe_code)] // bpf(2) has no safe wrapper.
 
 use std::fs::File;
 use std::io;

