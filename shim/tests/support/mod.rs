@@ -237,9 +237,11 @@ impl container_ttrpc::Container for Agent {
             .map(|a| a.as_str().unwrap().into())
             .collect();
         let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
-        // A container's process ends with its VM.
+        // A container's process ends with its VM, also with one that was killed before the
+        // signal was asked for.
         let mut child = tokio::process::Command::new("setpriv")
-            .args(["--pdeathsig", "KILL"])
+            .args(["--pdeathsig", "KILL", "bash", "-c", r#"[ "$PPID" = "$0" ] && exec "$@""#])
+            .arg(std::process::id().to_string())
             .args(&args)
             .stdin(piped(process.stdio.stdin))
             .stdout(piped(process.stdio.stdout))

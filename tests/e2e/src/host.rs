@@ -74,26 +74,37 @@ pub(crate) fn process(words: &[&str]) -> Result<Pid> {
 }
 
 fn find(words: &[&str]) -> Option<Pid> {
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        let command = fs::read(entry.path().join("cmdline")).ok()?;
-        let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        words.iter().all(|word| command.contains(word)).then_some(Pid::from_raw(pid))
+    processes().find(|(_, command)| words.iter().all(|word| command.contains(word))).map(|(pid, _)| pid)
+}
+
+fn processes() -> impl Iterator<Item = (Pid, String)> {
+    fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?);
+        Some((pid, command_of(pid)?))
     })
 }
 
-/// Waits for a child of `parent` whose command line contains `word`.
-pub(crate) fn child(parent: Pid, word: &str) -> Result<Pid> {
-    wait::until(&format!("a child {word:?} of process {parent} appears"), APPEAR, || {
-        // Each thread lists the children that it started.
-        let threads = fs::read_dir(format!("/proc/{parent}/task")).ok()?.flatten();
-        let listed: Vec<_> =
-            threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok()).collect();
-        listed.join(" ").split_whitespace().find_map(|pid| {
-            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            String::from_utf8_lossy(&command).contains(word).then_some(Pid::from_raw(pid.parse().ok()?))
+fn command_of(pid: Pid) -> Option<String> {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(String::from_utf8_lossy(&command).replace('\0', " "))
+}
+
+/// Waits for a process whose command line contains `word` and whose parent's contains all of
+/// `words_of_parent`; both.
+pub(crate) fn child_and_parent(word: &str, words_of_parent: &[&str]) -> Result<(Pid, Pid)> {
+    wait::until(&format!("a child {word:?} of {words_of_parent:?} appears"), APPEAR, || {
+        processes().find_map(|(child, command)| {
+            let parent = parent(child).filter(|_| command.contains(word))?;
+            let command = command_of(parent)?;
+            words_of_parent.iter().all(|word| command.contains(word)).then_some((child, parent))
         })
     })
+}
+
+fn parent(pid: Pid) -> Option<Pid> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    Some(Pid::from_raw(line.trim().parse().ok()?))
 }
 
 /// SIGKILL.

@@ -1,14 +1,16 @@
 //! The VMM or the shim killed by force, at every phase: the client is told, nothing is left.
 
+use std::fs;
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use spore_harness::containerd::{Output, Running};
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
-use std::time::Duration;
 
 use super::{Case, expect_contains};
 use crate::bed::Subject;
-use crate::host::{child, kill_hard, process};
+use crate::host::{child_and_parent, kill_hard, process};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM)).spore_only().alone(),
@@ -31,8 +33,7 @@ fn while_booting(subject: &Subject, victim: &str) -> Result<()> {
     let id = subject.id("booting");
     let call = started(subject, &id, "echo must not be seen")?;
     // The VMM appears when the shim has prepared everything.
-    let shim = process(&[SHIM, &id])?;
-    let vmm = child(shim, VMM)?;
+    let (vmm, shim) = child_and_parent(VMM, &[SHIM, &id])?;
     kill_hard(if victim == VMM { vmm } else { shim })?;
     told(&call.wait()?)?;
     gone(subject, &id, &before)
@@ -43,7 +44,7 @@ fn vmm_while_it_runs(subject: &Subject) -> Result<()> {
     let id = subject.id("running");
     let mut call = started(subject, &id, "echo ready; while :; do sleep 1000; done")?;
     call.says("ready")?;
-    kill_hard(child(process(&[SHIM, &id])?, VMM)?)?;
+    kill_hard(child_and_parent(VMM, &[SHIM, &id])?.0)?;
     let output = call.wait()?;
     // As a process that was killed.
     ensure!(output.code() == 137, "status of ctr: {output}");
@@ -106,5 +107,17 @@ fn told(output: &Output) -> Result<()> {
 fn gone(subject: &Subject, id: &str, before: &Before) -> Result<()> {
     subject.ctr(&["tasks", "delete", "--force", id])?.run()?;
     subject.ctr(&["containers", "delete", id])?.run()?;
+    remove_fifos(id)?;
     subject.nothing_beyond(before)
+}
+
+/// The fifos of a task are its client's to remove; `ctr` leaves them when it did not see the end.
+fn remove_fifos(id: &str) -> Result<()> {
+    for directory in fs::read_dir("/run/containerd/fifo").into_iter().flatten().flatten() {
+        let mut names = fs::read_dir(directory.path())?.flatten().map(|entry| entry.file_name());
+        if names.any(|name| name.to_string_lossy().starts_with(id)) {
+            fs::remove_dir_all(directory.path())?;
+        }
+    }
+    Ok(())
 }
