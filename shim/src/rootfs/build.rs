@@ -7,12 +7,12 @@
 //! the guest reads pages that are the host's page cache.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -107,7 +107,7 @@ fn mkfs(job: &Job, output: &Path) -> Result<(), String> {
     let mut child = Command::new("/proc/self/exe")
         .arg(MKFS_SUBCOMMAND)
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
+        .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| format!("start {MKFS_SUBCOMMAND}: {error}"))?;
@@ -116,17 +116,33 @@ fn mkfs(job: &Job, output: &Path) -> Result<(), String> {
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(&text).map_err(|error| format!("pass the job on: {error}"))?;
     }
-    let result = child.wait_with_output().map_err(|error| format!("wait for mkfs.erofs: {error}"))?;
-    if result.status.success() && is_erofs(output) {
+    let said = read_messages(&mut child);
+    let status = child.wait().map_err(|error| format!("wait for mkfs.erofs: {error}"))?;
+    if status.success() && is_erofs(output) {
         return Ok(());
     }
-    let mut text = String::from_utf8_lossy(&result.stderr).into_owned();
-    text.push_str(&String::from_utf8_lossy(&result.stdout));
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let tail = lines[lines.len().saturating_sub(4)..].join(" | ");
+    let tail = said[said.len().saturating_sub(4)..].join(" | ");
     // mkfs.erofs does not always name ENOSPC; ask the file system.
     let full = if tail.to_lowercase().contains(DISK_FULL) || is_full(output) { DISK_FULL } else { "" };
-    Err(format!("mkfs.erofs: {}: {tail} {full}", result.status))
+    Err(format!("mkfs.erofs: {status}: {tail} {full}"))
+}
+
+/// What mkfs.erofs says, to its end. An error ends it: of version 1.8 the writing thread can
+/// fail (on a full disk, for one) and leave the others waiting for it for ever.
+fn read_messages(child: &mut Child) -> Vec<String> {
+    let Some(stderr) = child.stderr.take() else { return Vec::new() };
+    let mut said = Vec::new();
+    for line in io::BufReader::new(stderr.take(JOB_CAP)).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).trim().to_string();
+        let fatal = line.contains("<E>");
+        if !line.is_empty() {
+            said.push(line);
+        }
+        if fatal {
+            let _ = child.kill();
+        }
+    }
+    said
 }
 
 fn is_full(path: &Path) -> bool {

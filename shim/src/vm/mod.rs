@@ -239,7 +239,11 @@ impl Vm {
             Ok(Err(CallError::Refused(failure))) if failure.code != FailureCode::Fatal => {
                 Err(VmError::Refused { operation, message: failure.message })
             }
-            Ok(Err(CallError::Refused(failure))) => Err(self.ended_error(operation, failure.message)),
+            Ok(Err(CallError::Refused(failure))) => {
+                // The reason follows as the VMM's last message.
+                let end = tokio::time::timeout(END_DEADLINE, self.ended()).await;
+                Err(self.ended_error(operation, end.map_or(failure.message, |end| end.cause)))
+            }
             Ok(Err(CallError::Closed)) => {
                 let cause = self.ended().await.cause;
                 Err(self.ended_error(operation, cause))

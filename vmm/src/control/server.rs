@@ -306,7 +306,7 @@ impl Server {
         // read fail instead of giving it this message.
         while let Ok(Incoming::Request(Request { id, .. }, _)) = self.channel.receive() {
             let message = "the guest has ended; the reason follows".to_owned();
-            self.channel.respond(id, Err(Failure { code: FailureCode::WrongState, message }))?;
+            self.channel.respond(id, Err(Failure { code: FailureCode::Fatal, message }))?;
         }
         let sent = self.channel.event(Event::Ended(reason.clone()), None).and_then(|()| self.drain());
         match sent {
