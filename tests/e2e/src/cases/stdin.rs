@@ -7,24 +7,18 @@ use crate::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("stdin::echo_hi", echo_hi).smoke().spore_only(),
-    Case::new("stdin::empty", empty).spore_only(),
     Case::new("stdin::a_dialogue", a_dialogue).smoke(),
     Case::new("stdin::eight_mebibytes", eight_mebibytes),
     Case::new("stdin::reader_stops_early", reader_stops_early),
 ];
 
 /// With runc this hangs: `ctr` meets the end of its input before it knows the task, and then never
-/// says CloseIO. It starts to read when the shim opens the fifo, which Spore's does in Start.
+/// says CloseIO. What it has read it can write once the shim opens the fifo, which Spore's does in
+/// Start; an input that is empty from the start hangs with every runtime.
 fn echo_hi(subject: &Subject) -> Result<()> {
     let output = subject.run("hi", &["cat"])?.stdin("hi\n").run()?;
     ensure!(output.success(), "{output}");
     expect_equal("standard output", &output.text().as_str(), &"hi\n")
-}
-
-fn empty(subject: &Subject) -> Result<()> {
-    let output = subject.run("empty", &["wc", "-c"])?.stdin("").run()?;
-    ensure!(output.success(), "{output}");
-    expect_equal("bytes read", &output.text().trim(), &"0")
 }
 
 /// Line by line: nothing waits for the end of the input or of the output.
