@@ -14,6 +14,8 @@ use crate::api::{MAX_FDS, MAX_MESSAGE};
 /// The socket is unusable; the VMM ends.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
+    #[error("control socket: descriptor {fd} is a standard stream; pass the socket as 3 or higher")]
+    StandardStream { fd: RawFd },
     #[error("control socket: descriptor {fd} is not open: {source}")]
     NotOpen { fd: RawFd, source: io::Error },
     #[error("control socket: descriptor {fd} is not a socket: {source}")]
@@ -58,8 +60,11 @@ const ANCILLARY: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()
 impl Socket {
     /// Takes over an inherited descriptor by number.
     pub fn inherit(fd: RawFd) -> Result<Self, SocketError> {
+        if (0..3).contains(&fd) {
+            return Err(SocketError::StandardStream { fd });
+        }
         // SAFETY: F_GETFD only asks whether the number is open.
-        if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
             return Err(SocketError::NotOpen { fd, source: io::Error::last_os_error() });
         }
         // SAFETY: the descriptor is open, and by the contract of `--control-fd` it is ours: no
