@@ -261,7 +261,7 @@ pub(crate) async fn with_vm<T>(
         biased;
         result = call => match result {
             // The connection breaks a moment before the VM's end is known.
-            Err(lost @ GuestError::Lost { .. }) => match tokio::time::timeout(LOST, vm.ended()).await {
+            Err(lost @ (GuestError::Lost { .. } | GuestError::Connect { .. })) => match tokio::time::timeout(LOST, vm.ended()).await {
                 Ok(end) => Err(vm.ended_error(phase, end.cause).into()),
                 Err(_) => Err(lost.into()),
             },

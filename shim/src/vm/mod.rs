@@ -44,6 +44,8 @@ const GUEST_CID: u32 = 3;
 /// A VMM that does not answer the control socket in this time is stuck.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 const UNEXPLAINED: &str = "the virtual machine monitor ended without a reason";
+/// Attempts to connect to a guest that lives.
+const DIALS: u32 = 3;
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
@@ -291,8 +293,21 @@ impl Vm {
         VmError::Ended { phase, cause, tail }
     }
 
-    /// Connects to a vsock port of the guest.
+    /// Connects to a vsock port of the guest. The VMM gives a guest that does not answer up
+    /// after a while; a stalled guest is asked again.
     pub(crate) async fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        for attempt in 1..DIALS {
+            match self.dial(port).await {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && !self.has_ended() => {
+                    warn!(self.log, "vsock: not answered"; "port" => port, "attempt" => attempt, "error" => %error);
+                }
+                outcome => return outcome,
+            }
+        }
+        self.dial(port).await
+    }
+
+    async fn dial(&self, port: u32) -> io::Result<UnixStream> {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = UnixStream::connect(self.dir.socket(VSOCK)).await?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;

@@ -13,11 +13,17 @@ use crate::bed::Subject;
 use crate::host::{child_and_parent, kill_hard, process};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM)).spore_only().alone(),
-    Case::new("killed::vmm_while_it_runs", vmm_while_it_runs).spore_only().alone(),
-    Case::new("killed::shim_while_it_boots", |subject| while_booting(subject, SHIM)).spore_only().alone(),
-    Case::new("killed::shim_while_it_runs", shim_while_it_runs).alone(),
-    Case::new("killed::shim_before_delete", shim_before_delete).alone(),
+    Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM))
+        .spore_only()
+        .alone()
+        .newest_unless_soak(),
+    Case::new("killed::vmm_while_it_runs", vmm_while_it_runs).spore_only().alone().newest_unless_soak(),
+    Case::new("killed::shim_while_it_boots", |subject| while_booting(subject, SHIM))
+        .spore_only()
+        .alone()
+        .newest_unless_soak(),
+    Case::new("killed::shim_while_it_runs", shim_while_it_runs).alone().newest_unless_soak(),
+    Case::new("killed::shim_before_delete", shim_before_delete).alone().newest_unless_soak(),
 ];
 
 const VMM: &str = "spore-vmm";

@@ -2,19 +2,15 @@
 
 use anyhow::{Result, ensure};
 
-use super::Case;
 use super::status::TELLING;
+use super::{Case, soak};
 use crate::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::new("leftovers::sequential", sequential).alone(),
-    Case::new("leftovers::concurrent", concurrent).alone(),
-    Case::new("leftovers::refused", refused).alone(),
+    Case::new("leftovers::sequential", sequential).alone().newest_unless_soak(),
+    Case::new("leftovers::concurrent", concurrent).alone().newest_unless_soak(),
+    Case::new("leftovers::refused", refused).alone().newest_unless_soak(),
 ];
-
-fn soak() -> bool {
-    std::env::var_os("SPORE_E2E_SOAK").is_some()
-}
 
 /// One after the other, each with an output and an exit status of its own.
 fn sequential(subject: &Subject) -> Result<()> {

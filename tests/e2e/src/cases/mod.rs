@@ -29,13 +29,23 @@ pub(crate) struct Case {
     pub(crate) smoke: bool,
     /// What it proves exists only in Spore.
     pub(crate) spore_only: bool,
+    /// Too long for every series in `make test`: `make soak` runs it on each.
+    pub(crate) newest_unless_soak: bool,
     /// Series of containerd from which on it applies.
     pub(crate) since: &'static str,
 }
 
 impl Case {
     pub(crate) const fn new(name: &'static str, run: fn(&Subject) -> Result<()>) -> Self {
-        Self { name, run, alone: false, smoke: false, spore_only: false, since: "" }
+        Self {
+            name,
+            run,
+            alone: false,
+            smoke: false,
+            spore_only: false,
+            newest_unless_soak: false,
+            since: "",
+        }
     }
 
     pub(crate) const fn alone(mut self) -> Self {
@@ -58,9 +68,20 @@ impl Case {
         self
     }
 
-    pub(crate) fn applies(&self, subject: &Subject) -> bool {
-        (subject.is_spore() || !self.spore_only) && subject.series.as_str() >= self.since
+    pub(crate) const fn newest_unless_soak(mut self) -> Self {
+        self.newest_unless_soak = true;
+        self
     }
+
+    pub(crate) fn applies(&self, subject: &Subject) -> bool {
+        let since = if self.newest_unless_soak && !soak() { "2." } else { self.since };
+        (subject.is_spore() || !self.spore_only) && subject.series.as_str() >= since
+    }
+}
+
+/// Whether this is `make soak`.
+pub(crate) fn soak() -> bool {
+    std::env::var_os("SPORE_E2E_SOAK").is_some()
 }
 
 /// Every case, the quick and telling ones first.
