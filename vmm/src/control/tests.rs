@@ -122,5 +122,5 @@ fn only_seqpacket_sockets_will_do() {
     assert!(matches!(Socket::new(file), Err(SocketError::NotASocket { .. })));
     assert!(matches!(Socket::inherit(12_345), Err(SocketError::NotOpen { .. })));
     assert!(matches!(Socket::inherit(-1), Err(SocketError::NotOpen { .. })));
-    assert!(matches!(Socket::inherit(0), Err(SocketError::NotOpen { .. })), "a standard stream");
+    assert!(matches!(Socket::inherit(0), Err(SocketError::StandardStream { fd: 0 })));
 }
