@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. [`VmConfig::protocol`] must equal it.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Largest packet in bytes, either direction.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors that one packet may carry.
@@ -28,6 +28,9 @@ pub const MAX_VCPUS: u8 = 32;
 pub const MIN_MEMORY_MIB: u64 = 64;
 /// Largest guest memory in MiB.
 pub const MAX_MEMORY_MIB: u64 = 1024 * 1024;
+
+/// Most disk slots of one kind.
+pub const MAX_DISK_SLOTS: u8 = 12;
 
 /// Position of a descriptor among those attached to the same packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,9 +89,27 @@ pub struct VmConfig {
     /// Where the serial port's output goes. Without it, output is dropped.
     pub console: Option<ConsoleConfig>,
     pub vsock: Option<VsockConfig>,
+    /// Slots that disks can be attached to, now or while the guest runs.
+    #[serde(default)]
+    pub disk_slots: DiskSlots,
     /// Disks attached from the start, each taking the next free slot of its kind.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+}
+
+/// How many disks of each kind a VM can have, each 0 ..= [`MAX_DISK_SLOTS`] (the default). A
+/// guest probes every slot as it boots, the empty ones too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSlots {
+    pub read_only: u8,
+    pub writable: u8,
+}
+
+impl Default for DiskSlots {
+    fn default() -> Self {
+        Self { read_only: MAX_DISK_SLOTS, writable: MAX_DISK_SLOTS }
+    }
 }
 
 /// The serial console (COM1).
@@ -145,8 +166,7 @@ pub enum Reply {
     /// `Configure` succeeded: the slots that the VM has, and where each disk of the
     /// configuration went, in its order.
     Configured {
-        read_only_slots: u32,
-        writable_slots: u32,
+        disk_slots: DiskSlots,
         disks: Vec<AttachedDisk>,
     },
     Attached(AttachedDisk),

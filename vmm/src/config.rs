@@ -13,12 +13,11 @@ use nix::sys::socket::{
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::api::{
-    ConsoleConfig, DiskConfig, FdIndex, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION,
-    VmConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
+    PROTOCOL_VERSION, VmConfig, VsockConfig,
 };
 use crate::arch;
 use crate::control::{FdError, FdTable};
-use crate::vm::slots;
 
 /// Context ids of guests; those below have a meaning of their own, the last one is "any".
 const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=0xffff_fffe;
@@ -61,6 +60,7 @@ pub struct MachineConfig {
     pub cmdline: String,
     pub console: Option<Console>,
     pub vsock: Option<Vsock>,
+    pub disk_slots: DiskSlots,
     pub disks: Vec<Disk>,
 }
 
@@ -108,7 +108,10 @@ impl MachineConfig {
         if let Some((at, &byte)) = config.cmdline.as_bytes().iter().enumerate().find(|(_, byte)| odd(byte)) {
             return Err(ConfigError::CmdlineByte { byte, at });
         }
-        count_disks(&config.disks)?;
+        let slots = config.disk_slots;
+        in_range("disk_slots.read_only", slots.read_only.into(), 0, MAX_DISK_SLOTS.into())?;
+        in_range("disk_slots.writable", slots.writable.into(), 0, MAX_DISK_SLOTS.into())?;
+        count_disks(&config.disks, slots)?;
         let machine = Self {
             vcpus: config.vcpus,
             memory_bytes: config.memory_mib << 20,
@@ -118,6 +121,7 @@ impl MachineConfig {
             cmdline: config.cmdline,
             console: config.console.map(|console| take_console(&mut fds, &console)).transpose()?,
             vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
+            disk_slots: slots,
             disks: config
                 .disks
                 .iter()
@@ -141,10 +145,10 @@ fn in_range(what: &'static str, found: u64, min: u64, max: u64) -> Result<(), Co
     if (min..=max).contains(&found) { Ok(()) } else { Err(ConfigError::Range { what, found, min, max }) }
 }
 
-fn count_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
-    for (kind, read_only, max) in
-        [("read-only", true, slots::READ_ONLY), ("writable", false, slots::WRITABLE)]
+fn count_disks(disks: &[DiskConfig], slots: DiskSlots) -> Result<(), ConfigError> {
+    for (kind, read_only, max) in [("read-only", true, slots.read_only), ("writable", false, slots.writable)]
     {
+        let max = max.into();
         let found = disks.iter().filter(|disk| disk.read_only == read_only).count();
         if found > max {
             return Err(ConfigError::Disks { kind, found, max });

@@ -30,7 +30,7 @@ pub(crate) use self::writable::collect_garbage;
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.
-const MOST_LAYER_DISKS: usize = 1;
+pub(crate) const MOST_LAYER_DISKS: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RootfsError {
@@ -120,7 +120,7 @@ async fn lower(
         }
         Source::Images { images, upper } => {
             disks.extend(upper_disk(state_dir, upper.as_ref(), beside).await?);
-            if images.len() <= MOST_LAYER_DISKS {
+            if images.len() <= usize::from(MOST_LAYER_DISKS) {
                 for image in images {
                     disks.push(images::open(image)?);
                 }

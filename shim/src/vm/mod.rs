@@ -18,8 +18,8 @@ use std::time::Duration;
 use slog::{Logger, info, warn};
 use spore_agent_api::READY_PORT;
 use spore_vmm::api::{
-    Call, ConsoleConfig, DiskConfig, EndReason, Event, FailureCode, FdIndex, Metrics, PROTOCOL_VERSION,
-    Reply, VmConfig, VsockConfig,
+    Call, ConsoleConfig, DiskConfig, DiskSlots, EndReason, Event, FailureCode, FdIndex, Metrics,
+    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -29,10 +29,14 @@ use tokio::sync::{mpsc, watch};
 use self::control::{CallError, Control};
 use crate::config::{Config, Machine};
 use crate::process::{self, ProcessId};
+use crate::rootfs::MOST_LAYER_DISKS;
 use crate::rundir::RunDir;
 
 /// Name of the vsock socket and of the logs in the run-time directory.
 pub(crate) const VSOCK: &str = "vsock.sock";
+/// What one container takes: its layers and what the upper directory held before the first
+/// task, its writable layer. A guest spends some time on every slot as it boots.
+const DISK_SLOTS: DiskSlots = DiskSlots { read_only: MOST_LAYER_DISKS + 1, writable: 1 };
 const CONSOLE: &str = "console.log";
 const VMM_LOG: &str = "vmm.log";
 const CONSOLE_CAP: u64 = 1 << 20;
@@ -210,6 +214,7 @@ impl Vm {
                 listener: FdIndex(4),
                 host_ports: vec![READY_PORT],
             }),
+            disk_slots: DISK_SLOTS,
             disks: Vec::new(),
         };
         self.call("configure", Call::Configure(configuration), &fds).await?;

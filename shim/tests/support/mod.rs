@@ -73,7 +73,7 @@ pub(crate) fn fake_vmm() {
                 listener.set_nonblocking(true).unwrap();
                 console = Some(fds.remove(config.console.unwrap().output.0 as usize).into());
                 runtime.spawn(vsock(listener));
-                Reply::Configured { read_only_slots: 12, writable_slots: 12, disks: Vec::new() }
+                Reply::Configured { disk_slots: config.disk_slots, disks: Vec::new() }
             }
             Call::Boot => {
                 send(0, &Message::Response { id: request.id, result: Ok(Reply::Done) }, &[]);

@@ -7,6 +7,7 @@
 //!
 //! * `SPORE_E2E_RUNTIMES`: `spore` (default), `runc`, or both with a comma;
 //! * `SPORE_E2E_SERIES`: series of containerd, default all that the ground has;
+//! * `SPORE_SHARD`: `1/2` runs the first half only, another machine the second;
 //! * `SPORE_E2E_SOAK`: any value for the long counts of `make soak`.
 
 mod bed;
@@ -17,14 +18,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
 use spore_harness::containerd::{Runtime, series};
+use spore_harness::host::run::SHARD;
 
 use bed::{Bed, Subject};
 use cases::Case;
 
-/// Cases at a time: as many as the ground has CPUs.
+/// Cases at a time: what waits for one leaves the CPU to the other.
 const THREADS: usize = 2;
 /// Of a series older than this only the smoke cases run.
 const FULL_FROM: &str = "1.7";
@@ -65,7 +67,18 @@ fn plan() -> Result<(Arc<Bed>, Vec<Trial>)> {
             trials.extend(cases.map(|case| trial(case, subject.clone())));
         }
     }
+    if let Some((number, of)) = shard()? {
+        trials = trials.into_iter().skip(number - 1).step_by(of).collect();
+    }
     Ok((bed, trials))
+}
+
+/// Which part of the cases is ours: every `of`th from the `number`th on.
+fn shard() -> Result<Option<(usize, usize)>> {
+    let Ok(value) = std::env::var(SHARD) else { return Ok(None) };
+    let parts = value.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
+    let parts: Option<(usize, usize)> = parts.filter(|(number, of)| (1..=*of).contains(number));
+    parts.map(Some).with_context(|| format!("{SHARD}={value}: a part looks like 1/2"))
 }
 
 fn trial(case: Case, subject: Subject) -> Trial {

@@ -25,6 +25,7 @@ pub fn request(runtime: String) -> Result<Request> {
         args: vec!["tour".into(), "--runtime".into(), runtime, "--host".into(), of_host],
         env: BTreeMap::new(),
         deadline: DEADLINE,
+        machines: 1,
     })
 }
 

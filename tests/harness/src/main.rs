@@ -37,6 +37,9 @@ enum Verb {
         /// NAME=VALUE for the program's environment; may be repeated.
         #[arg(long)]
         env: Vec<String>,
+        /// Outer machines that share the work of a program that can divide it (SPORE_SHARD).
+        #[arg(long, default_value_t = 1)]
+        machines: u8,
         program: String,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -85,13 +88,13 @@ fn act(verb: Verb) -> Result<u8> {
             println!("{}", payload::prepare(&repository)?.display());
             Ok(0)
         }
-        Verb::Run { deadline, env, program, args } => {
+        Verb::Run { deadline, env, machines, program, args } => {
             let env = env
                 .iter()
                 .map(|pair| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned())))
                 .collect::<Option<BTreeMap<_, _>>>()
                 .context("--env takes NAME=VALUE")?;
-            start(run::Request { program, args, env, deadline: Duration::from_secs(deadline) })
+            start(run::Request { program, args, env, deadline: Duration::from_secs(deadline), machines })
         }
         Verb::Demo { runtime } => start(demo::request(runtime)?),
         Verb::Tour { runtime, host } => demo::tour(&runtime, &host).map(|()| 0),

@@ -5,7 +5,9 @@ use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
-use spore_vmm::api::{ConsoleConfig, DiskConfig, FdIndex, PROTOCOL_VERSION, VmConfig, VsockConfig};
+use spore_vmm::api::{
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, PROTOCOL_VERSION, VmConfig, VsockConfig,
+};
 
 use crate::{Vm, host};
 
@@ -169,6 +171,7 @@ impl Setup {
                 listener: attach(listener.into()),
                 host_ports: self.host_ports.clone(),
             }),
+            disk_slots: DiskSlots::default(),
             disks: self
                 .disks
                 .iter()

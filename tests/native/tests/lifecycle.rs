@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use spore_native::{DEADLINE, Setup};
-use spore_vmm::api::{Call, EndReason, Reply, VmState};
+use spore_vmm::api::{Call, DiskSlots, EndReason, Reply, VmState};
 
 #[test]
 fn a_guest_boots_speaks_and_powers_itself_off() {
@@ -20,7 +20,8 @@ fn the_state_follows_the_calls() {
     let mut vm = spore_native::Vm::spawn();
     assert_eq!(vm.state(), VmState::Empty);
     let configured = vm.configure(Setup::new("spin")).unwrap();
-    let Reply::Configured { read_only_slots: 12, writable_slots: 12, disks } = configured else {
+    let Reply::Configured { disk_slots: DiskSlots { read_only: 12, writable: 12 }, disks } = configured
+    else {
         panic!("Configure: {configured:?}");
     };
     assert_eq!(disks, []);

@@ -13,6 +13,7 @@ fn config() -> VmConfig {
         cmdline: "console=ttyS0".into(),
         console: None,
         vsock: None,
+        disk_slots: DiskSlots::default(),
         disks: Vec::new(),
     }
 }
@@ -120,6 +121,13 @@ fn vsock_ids_and_ports_are_checked() {
 
 #[test]
 fn more_disks_than_slots_are_refused() {
-    let disks = vec![DiskConfig { file: FdIndex(2), read_only: true }; slots::READ_ONLY + 1];
-    assert!(matches!(refuse(|c| c.disks = disks, vec![]), ConfigError::Disks { kind: "read-only", .. }));
+    let disks = vec![DiskConfig { file: FdIndex(2), read_only: true }; 3];
+    let few = |c: &mut VmConfig| (c.disks, c.disk_slots) = (disks, DiskSlots { read_only: 2, writable: 12 });
+    assert!(matches!(refuse(few, vec![]), ConfigError::Disks { kind: "read-only", found: 3, max: 2 }));
+}
+
+#[test]
+fn more_slots_than_the_machine_has_are_refused() {
+    let many = |c: &mut VmConfig| c.disk_slots.writable = MAX_DISK_SLOTS + 1;
+    assert!(matches!(refuse(many, vec![]), ConfigError::Range { what: "disk_slots.writable", max: 12, .. }));
 }

@@ -21,7 +21,7 @@ use crate::api::{Call, EndReason, Event, Failure, FailureCode, Reply, Request, V
 use crate::config::{ConfigError, MachineConfig, attached_disk};
 use crate::end::EndLatch;
 use crate::vm::builder::{BuildError, OnConnection, Subscriber};
-use crate::vm::{self, Built, StateError, Vm, slots};
+use crate::vm::{self, Built, StateError, Vm};
 use crate::{clock, log, vcpu};
 
 /// How long the last message may wait for the peer to take it.
@@ -222,6 +222,7 @@ impl Server {
                 format!("configure: this process has a VM already ({:?}); start another", vm.state());
             return Err(Failure { code: FailureCode::WrongState, message });
         }
+        let disk_slots = config.disk_slots;
         let machine = MachineConfig::new(config, fds)?;
         let Built { vm, disks, subscribers } =
             vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
@@ -230,12 +231,7 @@ impl Server {
         }
         self.vm = Some(vm);
         self.configured_ns = clock::monotonic_ns();
-        let slots = |count| u32::try_from(count).unwrap_or(u32::MAX);
-        Ok(Reply::Configured {
-            read_only_slots: slots(slots::READ_ONLY),
-            writable_slots: slots(slots::WRITABLE),
-            disks,
-        })
+        Ok(Reply::Configured { disk_slots, disks })
     }
 
     /// Hands connections of the guest to the peer.

@@ -24,8 +24,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use self::keys::{Keys, Typed};
 use self::terminal::RawTerminal;
 use crate::api::{
-    Call, ConsoleConfig, DiskConfig, EndReason, Event, Failure, FdIndex, PROTOCOL_VERSION, Reply, VmConfig,
-    VsockConfig,
+    Call, ConsoleConfig, DiskConfig, DiskSlots, EndReason, Event, Failure, FdIndex, PROTOCOL_VERSION, Reply,
+    VmConfig, VsockConfig,
 };
 use crate::control::client::{Client, ClientError};
 use crate::control::socket::{Socket, SocketError};
@@ -156,8 +156,18 @@ fn describe(
         cmdline: options.cmdline.clone(),
         console,
         vsock,
+        disk_slots: slots_for(&disks),
         disks,
     })
+}
+
+/// As many slots as there are disks: nobody attaches more.
+fn slots_for(disks: &[DiskConfig]) -> DiskSlots {
+    let count = |read_only| {
+        let count = disks.iter().filter(|disk| disk.read_only == read_only).count();
+        u8::try_from(count).unwrap_or(u8::MAX)
+    };
+    DiskSlots { read_only: count(true), writable: count(false) }
 }
 
 fn listen(path: &Path, options: &Options, parcel: &mut Parcel) -> Result<VsockConfig, RunError> {

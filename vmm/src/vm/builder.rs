@@ -13,7 +13,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DiskSlot, Gauges, StateError, Vm, VmParts, kvm, slots};
-use crate::api::{AttachedDisk, BlkMetrics, VsockMetrics};
+use crate::api::{AttachedDisk, BlkMetrics, DiskSlots, VsockMetrics};
 use crate::arch::{self, CpuModel, HostError, ImageError, MmioDescription, Platform, SetupError, layout};
 use crate::bus::{BusError, MmioBus, PioBus};
 use crate::config::{Console, MachineConfig};
@@ -79,8 +79,18 @@ pub fn build(
     end: Arc<EndLatch>,
     on_connection: OnConnection,
 ) -> Result<Built, BuildError> {
-    let MachineConfig { vcpus, memory_bytes, kvm, mut kernel, mut initrd, cmdline, console, vsock, disks } =
-        config;
+    let MachineConfig {
+        vcpus,
+        memory_bytes,
+        kvm,
+        mut kernel,
+        mut initrd,
+        cmdline,
+        console,
+        vsock,
+        disk_slots,
+        disks,
+    } = config;
     let kvm = kvm::open(kvm);
     arch::check_host(&kvm, vcpus)?;
     let ram = memory::map(&RamLayout::around(memory_bytes, layout::HOLE))?;
@@ -109,7 +119,7 @@ pub fn build(
         vsock_handle = Some(device.handle());
         board.place(slots::VSOCK, Box::new(device))?;
     }
-    let disk_slots = place_disks(&mut board)?;
+    let disk_slots = place_disks(&mut board, disk_slots)?;
     let Board { mmio, described, subscribers, .. } = board;
 
     arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &described })?;
@@ -184,12 +194,12 @@ impl Board<'_> {
     }
 }
 
-fn place_disks(board: &mut Board<'_>) -> Result<Vec<Box<dyn DiskSlot>>, BuildError> {
+fn place_disks(board: &mut Board<'_>, slots: DiskSlots) -> Result<Vec<Box<dyn DiskSlot>>, BuildError> {
     let mut handles: Vec<Box<dyn DiskSlot>> = Vec::new();
     let kinds =
-        [(true, slots::FIRST_READ_ONLY, slots::READ_ONLY), (false, slots::FIRST_WRITABLE, slots::WRITABLE)];
+        [(true, slots::FIRST_READ_ONLY, slots.read_only), (false, slots::FIRST_WRITABLE, slots.writable)];
     for (read_only, first, count) in kinds {
-        for n in 0..count {
+        for n in 0..usize::from(count) {
             let device = Blk::new(slots::serial(read_only, n), read_only);
             handles.push(Box::new(device.handle()));
             board.place(first + n, Box::new(device))?;

@@ -1,18 +1,18 @@
 //! The virtio-mmio slots: which device sits where, at which address, on which line. A guest
-//! probes a slot once, at boot, so all of them exist from the start, and disks come later.
+//! probes a slot once, at boot, so those that a VM has exist from the start, and disks come later.
 
+use crate::api::MAX_DISK_SLOTS;
 use crate::arch::layout;
 
 /// Bytes of a slot.
 pub const SIZE: u64 = 0x1000;
 pub const RNG: usize = 0;
 pub const VSOCK: usize = 1;
-/// Read-only disks follow the first two slots, writable ones follow them.
+/// Read-only disks follow the first two slots, writable ones follow the most of them: a slot
+/// has the same place whatever the number of slots.
 pub const FIRST_READ_ONLY: usize = 2;
-pub const READ_ONLY: usize = 12;
-pub const FIRST_WRITABLE: usize = FIRST_READ_ONLY + READ_ONLY;
-pub const WRITABLE: usize = 12;
-pub const COUNT: usize = FIRST_WRITABLE + WRITABLE;
+pub const FIRST_WRITABLE: usize = FIRST_READ_ONLY + MAX_DISK_SLOTS as usize;
+pub const COUNT: usize = FIRST_WRITABLE + MAX_DISK_SLOTS as usize;
 
 /// Guest address of a slot's registers.
 pub fn address(slot: usize) -> u64 {

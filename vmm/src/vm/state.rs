@@ -17,7 +17,6 @@ use crate::end::EndLatch;
 use crate::log;
 use crate::memory::GuestRam;
 use crate::vcpu::{self, ExitCounters, VcpuError, VcpuHandle};
-use crate::vm::slots::{READ_ONLY, WRITABLE};
 
 /// How long vCPUs may take to leave the guest. An exit's device access is the longest part.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -147,7 +146,8 @@ impl Vm {
         let mut slots = self.parts.disks.iter();
         let slot = slots.find(|slot| slot.read_only() == disk.read_only && slot.is_free());
         let Some(slot) = slot else {
-            let (kind, max) = if disk.read_only { ("read-only", READ_ONLY) } else { ("writable", WRITABLE) };
+            let kind = if disk.read_only { "read-only" } else { "writable" };
+            let max = self.parts.disks.iter().filter(|slot| slot.read_only() == disk.read_only).count();
             return Err(StateError::Exhausted { kind, max });
         };
         slot.attach(disk.file).map_err(StateError::Attach)?;

@@ -50,18 +50,28 @@ impl Relay {
     }
 }
 
+/// Whole lines at a time: several machines may share our output.
 fn copy(mut from: impl Read, records: &Sender<Record>) {
     let mut demux = Demux::default();
     let mut buffer = vec![0; 64 * 1024];
-    let mut out = std::io::stdout();
+    let mut pending = Vec::new();
+    // When nobody reads our output any more the job still has to end in order.
+    let write = |bytes: &[u8]| {
+        let mut out = std::io::stdout().lock();
+        out.write_all(bytes).and_then(|()| out.flush()).ok();
+    };
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let (plain, found) = demux.feed(&buffer[..count]);
-        // When nobody reads our output any more the job still has to end in order.
-        out.write_all(&plain).and_then(|()| out.flush()).ok();
+        pending.extend(plain);
+        if let Some(end) = pending.iter().rposition(|byte| *byte == b'\n') {
+            write(&pending[..=end]);
+            pending.drain(..=end);
+        }
         for record in found {
             records.send(record).ok();
         }
     }
+    write(&pending);
 }
 
 /// What a ground may take beyond its job: to start, to collect logs, to stop.

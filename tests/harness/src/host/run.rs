@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -18,7 +19,13 @@ pub struct Request {
     pub args: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub deadline: Duration,
+    /// Machines that share the work, where the ground is one: each gets its part by
+    /// [`SHARD`], and the program divides.
+    pub machines: u8,
 }
+
+/// Variable that tells a program its part of the work: `1/2` is the first of two.
+pub const SHARD: &str = "SPORE_SHARD";
 
 /// How a ground finished.
 pub struct Finished {
@@ -47,7 +54,8 @@ pub fn decide(repository: &Path) -> Result<Decision> {
     })
 }
 
-/// Runs; returns the program's exit status. Results land in `target/testbed/PROGRAM`.
+/// Runs; returns the program's exit status, the first bad one of several machines. Results
+/// land in `target/testbed/PROGRAM`, those of several in `1`, `2`, ... there.
 pub fn run(request: Request) -> Result<i32> {
     let repository = repository()?;
     let decision = decide(&repository)?;
@@ -55,34 +63,53 @@ pub fn run(request: Request) -> Result<i32> {
     let root = rootfs::prepare(&repository)?;
     let payload = payload::prepare(&repository)?;
     let init = init_binary(&repository)?;
-    let run_directory = run_directory()?;
     let results = repository.join("target/testbed").join(name_of(&request.program));
-    let job = Job {
+    if results.exists() {
+        fs::remove_dir_all(&results).with_context(|| format!("emptying {}", results.display()))?;
+    }
+    let mut job = Job {
         program: request.program,
         args: request.args,
         env: request.env,
         deadline_s: request.deadline.as_secs(),
         ground: decision.ground.to_string(),
     };
-    let finished = match decision.ground {
-        Ground::Outer(accelerator) => {
-            let path = run_directory.path();
-            Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }
-                .run(&job)
+    let one = |job: &Job, results: &Path| {
+        let run_directory = run_directory()?;
+        let path = run_directory.path();
+        let finished = match decision.ground {
+            Ground::Outer(accelerator) => {
+                Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }
+                    .run(job)
+            }
+            Ground::Direct => direct::run(&root, &payload, &init, path, job),
+        };
+        fetch(path, results)?;
+        let status = finished?.status;
+        if status != 0 {
+            let (program, results) = (&job.program, results.display());
+            eprintln!("test bed: {program} ended with status {status}; logs: {results}");
         }
-        Ground::Direct => direct::run(&root, &payload, &init, run_directory.path(), &job),
+        Ok(status)
     };
-    fetch(run_directory.path(), &results)?;
-    let finished = finished?;
-    if finished.status != 0 {
-        eprintln!(
-            "test bed: {} ended with status {}; logs: {}",
-            job.program,
-            finished.status,
-            results.display()
-        );
+    let machines = if decision.ground == Ground::Direct { 1 } else { request.machines };
+    if machines <= 1 {
+        return one(&job, &results);
     }
-    Ok(finished.status)
+    thread::scope(|scope| {
+        let started: Vec<_> = (1..=machines)
+            .map(|number| {
+                job.env.insert(SHARD.into(), format!("{number}/{machines}"));
+                let (job, results, one) = (job.clone(), results.join(number.to_string()), &one);
+                scope.spawn(move || one(&job, &results))
+            })
+            .collect();
+        let statuses: Vec<i32> = started
+            .into_iter()
+            .map(|machine| machine.join().unwrap_or_else(|_| bail!("the thread of a machine panicked")))
+            .collect::<Result<_>>()?;
+        Ok(statuses.into_iter().find(|status| *status != 0).unwrap_or(0))
+    })
 }
 
 fn init_binary(repository: &Path) -> Result<PathBuf> {
@@ -112,11 +139,8 @@ fn run_directory() -> Result<tempfile::TempDir> {
     Ok(tempfile::Builder::new().prefix(&format!("{}-", std::process::id())).tempdir_in(runs)?)
 }
 
-/// Unpacks what the ground sent into `results`, replacing what an earlier run left.
+/// Unpacks what the ground sent into `results`.
 fn fetch(run_directory: &Path, results: &Path) -> Result<()> {
-    if results.exists() {
-        fs::remove_dir_all(results).with_context(|| format!("emptying {}", results.display()))?;
-    }
     fs::create_dir_all(results)?;
     let console = run_directory.join("outer-console.log");
     if console.exists() {

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
@@ -61,22 +60,7 @@ fn stand_and_run(job: &Job, output: &File) -> Result<()> {
     }
     stage::enter(root)?;
     stage::furnish()?;
-    let held = hold_apic_key();
-    if let Err(error) = &held {
-        eprintln!("spore-testbed: init: /dev/kvm: {error}; cases that need it will say so");
-    }
     execute::run(job, output, &files)
-}
-
-/// A virtual CPU that never runs, whose APIC therefore stays off. KVM patches its own code
-/// whenever the first such APIC appears or the last one goes (`apic_sw_disabled` in its
-/// lapic.c), and under the emulated CPUs of this machine the other CPU now and then executes a
-/// half-patched instruction: "int3" in apic_has_pending_timer, and the machine is lost.
-fn hold_apic_key() -> Result<(VmFd, VcpuFd), kvm_ioctls::Error> {
-    let vm = Kvm::new()?.create_vm()?;
-    vm.create_irq_chip()?;
-    let vcpu = vm.create_vcpu(0)?;
-    Ok((vm, vcpu))
 }
 
 fn mount_disk(serial: &str, at: &Path, kind: &str, flags: MsFlags, options: &str) -> Result<()> {
