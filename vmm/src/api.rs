@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. [`VmConfig::protocol`] must equal it.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 1;
 /// Largest packet in bytes, either direction.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors that one packet may carry.
