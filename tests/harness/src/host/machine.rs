@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::qemu::Qemu;
 use super::relay::{OVERHEAD, Outcome, Relay};
 use super::rootfs::Root;
 use super::{initramfs, run::Finished};
@@ -24,9 +25,9 @@ const MEMORY_MIB: u32 = 8192;
 /// With more, QEMU 7.2 and 10.0 let guests die now and then: tests/README.md has the figures.
 const CPUS_EMULATED: u32 = 1;
 const CPUS: u32 = 2;
-/// Features are off that QEMU's emulation lacks and would warn about. XSAVE is off because it
-/// does not intercept XSETBV: KVM then resets a guest's XCR0 at every entry, and guest kernels
-/// lose SSE registers over a context switch.
+/// Features are off that QEMU's emulation lacks and would warn about. QEMU 7.2 also got two
+/// wrong, which kernels do without: cmpxchg16b left garbage in RFLAGS when an interrupt
+/// followed, and XSETBV was not intercepted, so that KVM reset a guest's XCR0 at every entry.
 const EMULATED_CPU: &str = concat!(
     "EPYC,svm=on,npt=on,cx16=off,rdseed=off,sha-ni=off,fxsr-opt=off,misalignsse=off,",
     "3dnowprefetch=off,osvw=off,topoext=off,nrip-save=off,xsavec=off,xsave=off",
@@ -41,6 +42,7 @@ const LINES_OF_CONSOLE: usize = 30;
 /// Everything that a machine is made of.
 pub struct Machine<'a> {
     pub accelerator: Accelerator,
+    pub qemu: Qemu,
     pub root: &'a Root,
     pub payload: &'a Path,
     pub init: &'a Path,
@@ -59,7 +61,7 @@ impl Machine<'_> {
         let mut qemu = self
             .command(&initrd, &console, &files)
             .spawn()
-            .context("starting qemu-system-x86_64 through setpriv (make installs what is missing)")?;
+            .context("starting QEMU through setpriv (make installs what is missing)")?;
         let Some(output) = qemu.stdout.take() else { bail!("QEMU has no standard output") };
         let end = begin + Duration::from_secs(job.deadline_s) + OVERHEAD;
         let outcome = Relay::start(output).wait(end, |record| {
@@ -95,22 +97,10 @@ impl Machine<'_> {
     }
 
     fn command(&self, initrd: &Path, console: &Path, files: &Path) -> Command {
-        let mut qemu = Command::new("setpriv");
-        qemu.args([
-            "--pdeathsig",
-            "KILL",
-            "--",
-            "qemu-system-x86_64",
-            "-nodefaults",
-            "-no-user-config",
-            "-M",
-            "q35",
-        ]);
+        let mut qemu = self.qemu.command();
+        qemu.args(["-nodefaults", "-no-user-config", "-M", "q35"]);
         let cpus = match self.accelerator {
             Accelerator::Tcg => {
-                // QEMU 7.2 can leave garbage in RFLAGS after cmpxchg16b (which the kernel's
-                // allocator is full of): an interrupt just then is fatal. Without the CPU flag
-                // kernels take other ways.
                 qemu.args(["-accel", "tcg,tb-size=2048", "-cpu", EMULATED_CPU]);
                 CPUS_EMULATED
             }

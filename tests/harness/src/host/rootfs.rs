@@ -197,7 +197,8 @@ fn only_entry(directory: &Path) -> Result<String> {
     }
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs a tool to its end; what it says is told only when it fails.
+pub(super) fn run(command: &mut Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     // What the tools print is progress: our standard output belongs to the job.
     let output = command

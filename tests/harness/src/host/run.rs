@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{cache, direct, machine::Machine, payload, rootfs};
+use super::{cache, direct, machine::Machine, payload, qemu, rootfs};
 use crate::ground::{self, Decision, Ground, ProbeKit};
 use crate::job::Job;
 
@@ -79,8 +79,9 @@ pub fn run(request: Request) -> Result<i32> {
         let path = run_directory.path();
         let finished = match decision.ground {
             Ground::Outer(accelerator) => {
-                Machine { accelerator, root: &root, payload: &payload, init: &init, run_directory: path }
-                    .run(job)
+                let qemu = qemu::prepare(&repository)?;
+                let (root, payload, init) = (&root, payload.as_path(), init.as_path());
+                Machine { accelerator, qemu, root, payload, init, run_directory: path }.run(job)
             }
             Ground::Direct => direct::run(&root, &payload, &init, path, job),
         };
