@@ -31,13 +31,12 @@ const PHASES: &[(&str, &str, &str)] = &[
     ("rootfs prepared, beside the VMM", "create_ns", "rootfs_ready_ns"),
     ("VMM: process spawned", "create_ns", "vmm_spawned_ns"),
     ("VMM: configured, guest entered", "vmm_spawned_ns", "kernel_entry_ns"),
-    ("guest kernel and agent up", "kernel_entry_ns", "agent_ready_ns"),
+    ("guest: kernel and agent up", "kernel_entry_ns", "guest_ready_ns"),
+    ("guest: set up", "guest_ready_ns", "agent_ready_ns"),
     ("container created", "agent_ready_ns", "container_created_ns"),
     ("container started", "container_created_ns", "container_started_ns"),
     ("container ran until exit seen", "container_started_ns", "exit_seen_ns"),
 ];
-/// The guest's own boot, which is not Spore's to shorten here.
-const BOOT: (&str, &str) = ("kernel_entry_ns", "agent_ready_ns");
 
 pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<Row>> {
     let directory = PathBuf::from(HOME);
@@ -56,7 +55,8 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
     let (mut reference, mut measured) = (Vec::new(), Vec::new());
     for pair in 0..=pairs {
         let runc = once(&containerd, Runtime::Runc, &format!("runc-{pair}"))?;
-        let ours = once(&containerd, runtime, &format!("{}-{pair}-measured", runtime.name()))?;
+        let id = format!("{}-{pair}-measured", runtime.name());
+        let ours = once(&containerd, runtime, &id)?;
         eprintln!(
             "coldstart: pair {pair} of {pairs}: runc {runc:.0} ms, {} {ours:.0} ms{}",
             runtime.name(),
@@ -64,23 +64,19 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
         );
         if pair > 0 {
             reference.push(runc);
-            measured.push(ours);
+            measured.push((id, ours));
         }
     }
     drop(containerd);
-    let (reference, measured) = (Sample::new(reference), Sample::new(measured));
-    let lines = timelines(results)?;
+    let reference = Sample::new(reference);
+    let whole = Sample::new(measured.iter().map(|(_, elapsed)| *elapsed).collect());
     let mut rows = vec![
         Row::new("ctr run --rm with runc", "ms", &reference),
-        Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &measured).against(&reference, None),
+        Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &whole).against(&reference, None),
     ];
     if runtime == Runtime::Spore {
-        ensure!(
-            lines.len() >= pairs,
-            "the shim wrote {} timelines of {pairs} runs to {TIMELINE}",
-            lines.len()
-        );
-        rows.extend(of_timelines(&lines[lines.len() - pairs..], &reference));
+        let runs = with_timelines(measured, timelines(results)?)?;
+        rows.extend(of_timelines(&runs, &reference));
     }
     Ok(rows)
 }
@@ -106,14 +102,30 @@ fn timelines(results: &Path) -> Result<Vec<Map<String, Value>>> {
         .collect()
 }
 
-fn of_timelines(lines: &[Map<String, Value>], runc: &Sample) -> Vec<Row> {
+/// One run: the whole of it in milliseconds, and the shim's timeline of it.
+type Run = (f64, Map<String, Value>);
+
+/// Every run with its timeline, which names the container.
+fn with_timelines(runs: Vec<(String, f64)>, mut lines: Vec<Map<String, Value>>) -> Result<Vec<Run>> {
+    runs.into_iter()
+        .map(|(id, elapsed)| {
+            let at = lines.iter().position(|line| line.get("id").and_then(Value::as_str) == Some(&id));
+            let at = at.with_context(|| format!("the shim wrote no timeline of {id} to {TIMELINE}"))?;
+            Ok((elapsed, lines.swap_remove(at)))
+        })
+        .collect()
+}
+
+fn of_timelines(runs: &[Run], runc: &Sample) -> Vec<Row> {
+    let lines: Vec<_> = runs.iter().map(|(_, line)| line).collect();
     let mut rows: Vec<_> =
-        PHASES.iter().map(|(name, from, to)| Row::new(name, "ms", &durations(lines, from, to))).collect();
-    let own = lines
-        .iter()
-        .filter_map(|line| Some(span(line, "shim_start_ns", "exit_seen_ns")? - span(line, BOOT.0, BOOT.1)?));
+        PHASES.iter().map(|(name, from, to)| Row::new(name, "ms", &durations(&lines, from, to))).collect();
+    let kernel = Sample::new(lines.iter().filter_map(|line| kernel_boot(line)).collect());
+    rows.push(Row::new("the guest kernel's own boot", "ms", &kernel));
+    let own = runs.iter().filter_map(|(elapsed, line)| Some(elapsed - kernel_boot(line)?));
     rows.push(
-        Row::new("all but the guest's boot", "ms", &Sample::new(own.collect())).against(runc, Some(1.0)),
+        Row::new("all but the guest kernel's own boot", "ms", &Sample::new(own.collect()))
+            .against(runc, Some(1.0)),
     );
     for (name, key, target) in [
         ("resident: shim", "shim_rss_kib", Some(SHIM_KIB)),
@@ -130,7 +142,12 @@ fn of_timelines(lines: &[Map<String, Value>], runc: &Sample) -> Vec<Row> {
     rows
 }
 
-fn durations(lines: &[Map<String, Value>], from: &str, to: &str) -> Sample {
+/// From the kernel's first instruction to the agent's: what is not Spore's to shorten here.
+fn kernel_boot(line: &Map<String, Value>) -> Option<f64> {
+    Some(span(line, "kernel_entry_ns", "guest_ready_ns")? - line.get("agent_boot_ns")?.as_f64()? / 1e6)
+}
+
+fn durations(lines: &[&Map<String, Value>], from: &str, to: &str) -> Sample {
     Sample::new(lines.iter().filter_map(|line| span(line, from, to)).collect())
 }
 

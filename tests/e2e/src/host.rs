@@ -1,5 +1,5 @@
 //! What a case may change about the ground, undone when the value goes: Spore's
-//! configuration, mounts over a path. Only cases that run alone may use it.
+//! configuration, mounts. What others would see is for cases that run alone.
 
 use std::ffi::CString;
 use std::fs;
@@ -49,6 +49,15 @@ impl Over {
     pub(crate) fn bind(source: &Path, at: &Path) -> Result<Self> {
         mount(Some(source), at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("mounting {} over {}", source.display(), at.display()))?;
+        Ok(Self { at: at.to_owned() })
+    }
+
+    /// Shows an overlay of `lower` and `upper` at `at`.
+    pub(crate) fn overlay(lower: &Path, upper: &Path, work: &Path, at: &Path) -> Result<Self> {
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        mount(Some("overlay"), at, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .with_context(|| format!("mounting an overlay at {}", at.display()))?;
         Ok(Self { at: at.to_owned() })
     }
 

@@ -7,8 +7,8 @@
 //!
 //! * `SPORE_E2E_RUNTIMES`: `spore` (default), `runc`, or both with a comma;
 //! * `SPORE_E2E_SERIES`: series of containerd, default all that the ground has;
-//! * `SPORE_SHARD`: `1/2` runs the first half only, another machine the second;
-//! * `SPORE_E2E_SOAK`: any value for the long counts of `make soak`.
+//! * `SPORE_SHARD`: `1/2` runs one half, another machine with `2/2` the other;
+//! * `SPORE_E2E_SOAK`: how often the long cases of `make soak` run a container, 100 say.
 
 mod bed;
 mod cases;
@@ -18,10 +18,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use spore_harness::containerd::{Runtime, series};
-use spore_harness::host::run::SHARD;
+use spore_harness::shard;
 
 use bed::{Bed, Subject};
 use cases::Case;
@@ -56,7 +56,7 @@ fn plan() -> Result<(Arc<Bed>, Vec<Trial>)> {
         .collect::<Result<Vec<Runtime>>>()?;
     let all_series = match std::env::var_os("SPORE_E2E_SERIES") {
         Some(_) => list("SPORE_E2E_SERIES", ""),
-        None => series()?,
+        None => all_series()?,
     };
     let mut trials = Vec::new();
     for series in &all_series {
@@ -64,21 +64,24 @@ fn plan() -> Result<(Arc<Bed>, Vec<Trial>)> {
             let subject = Subject::new(Arc::clone(&bed), series, runtime);
             let cases = cases::all().into_iter().filter(|case| case.applies(&subject));
             let cases = cases.filter(|case| case.smoke || series.as_str() >= FULL_FROM);
-            trials.extend(cases.map(|case| trial(case, subject.clone())));
+            let cases = cases.filter(|case| case.long || cases::soak().is_none());
+            trials.extend(cases.map(|case| (case.containers, trial(case, subject.clone()))));
         }
     }
-    if let Some((number, of)) = shard()? {
-        trials = trials.into_iter().skip(number - 1).step_by(of).collect();
+    if let Some((number, of)) = shard::ours()? {
+        trials = shard::dealt(trials, number, of);
     }
-    Ok((bed, trials))
+    Ok((bed, trials.into_iter().map(|(_, trial)| trial).collect()))
 }
 
-/// Which part of the cases is ours: every `of`th from the `number`th on.
-fn shard() -> Result<Option<(usize, usize)>> {
-    let Ok(value) = std::env::var(SHARD) else { return Ok(None) };
-    let parts = value.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
-    let parts: Option<(usize, usize)> = parts.filter(|(number, of)| (1..=*of).contains(number));
-    parts.map(Some).with_context(|| format!("{SHARD}={value}: a part looks like 1/2"))
+/// Every series of the ground, among them those that Spore promises to work with.
+fn all_series() -> Result<Vec<String>> {
+    let found = series()?;
+    for (promised, newer) in [("1.6", false), ("1.7", false), ("2.1", true)] {
+        let there = found.iter().any(|series| series == promised || newer && series.as_str() > promised);
+        ensure!(there, "the ground has containerd {found:?}, but not {promised}: see host/rootfs.rs");
+    }
+    Ok(found)
 }
 
 fn trial(case: Case, subject: Subject) -> Trial {

@@ -66,10 +66,11 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
     clock.lap("the first container (its root file system was converted)");
 
     title("An ordinary container");
-    show.run("uname -a", None)?;
-    clock.lap("");
-    show.run("head -n 1 /etc/passwd; ps; nproc; free -m | head -n 2", None)?;
-    clock.lap("");
+    for script in ["uname -a", "head -n 1 /etc/passwd; ps; nproc; free -m | head -n 2"] {
+        let output = show.run(script, None)?;
+        ensure!(output.success(), "{output}");
+        clock.lap("");
+    }
 
     title("Exit statuses are real");
     let output = show.run("exit 42", None)?;
@@ -96,7 +97,9 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
     clock.lap("three containers side by side");
 
     title("Nothing is left");
-    println!("  containers: {:?}, tasks: {:?}", show.list("containers")?, show.list("tasks")?);
+    let (containers, tasks) = (show.list("containers")?, show.list("tasks")?);
+    println!("  containers: {containers:?}, tasks: {tasks:?}");
+    ensure!(containers.is_empty() && tasks.is_empty(), "something is left");
     drop(containerd);
     println!("\nAll of it took {:.1} s on this ground.", clock.total());
     Ok(())

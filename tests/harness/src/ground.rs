@@ -104,9 +104,13 @@ pub fn decide(kit: &ProbeKit<'_>) -> Result<Decision> {
         return outer(accelerator_of_host(), "running directly needs root, for mounts and namespaces".into());
     }
     match probe(kit) {
+        // The outer machine keeps the tests from the host's devices and cgroups.
+        Ok(()) if accelerator_of_host() == Accelerator::Kvm => {
+            outer(Accelerator::Kvm, "a probe guest booted on /dev/kvm, and KVM here nests".into())
+        }
         Ok(()) => Ok(Decision {
             ground: Ground::Direct,
-            reason: "the CPU virtualises and a probe guest booted on /dev/kvm".into(),
+            reason: "a probe guest booted on /dev/kvm, and KVM here does not nest".into(),
         }),
         Err(error) => outer(
             accelerator_of_host(),

@@ -1,7 +1,7 @@
-//! Everything that a container's run could leave behind on the ground, as sets that are
-//! compared before and after.
+//! Everything that a container's run could leave behind on the ground, counted and compared
+//! before and after.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,44 +17,48 @@ const SETTLE: Duration = Duration::from_secs(30);
 const WATCHED: &[&str] =
     &["/run", "/tmp", "/var/lib/spore", "/var/lib/containerd", "/dev/shm", "/sys/fs/cgroup"];
 
-/// What exists, one line for each thing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Inventory(BTreeSet<String>);
+/// What exists: how often each line is true.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Inventory(BTreeMap<String, usize>);
 
 impl Inventory {
     /// Takes stock. `more` are directories beside [`WATCHED`].
     pub fn take(more: &[PathBuf]) -> Result<Self> {
-        let mut found = BTreeSet::new();
+        let mut found = Self::default();
         processes(&mut found)?;
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             // Fields: id, parent, device, root, mount point, …, "-", type, source.
             let fields: Vec<_> = line.split(' ').collect();
             let kind = fields.iter().position(|field| *field == "-").and_then(|at| fields.get(at + 1));
-            found.insert(format!("mount {} {}", fields.get(4).unwrap_or(&""), kind.unwrap_or(&"")));
+            found.add(format!("mount {} {}", fields.get(4).unwrap_or(&""), kind.unwrap_or(&"")));
         }
         for line in fs::read_to_string("/proc/net/unix")?.lines().skip(1) {
             if let Some(name) = line.split_whitespace().nth(7) {
-                found.insert(format!("unix socket {name}"));
+                found.add(format!("unix socket {name}"));
             }
         }
         for device in fs::read_dir("/sys/block")?.flatten() {
             if let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) {
-                found.insert(format!(
-                    "loop device {} of {}",
-                    device.file_name().to_string_lossy(),
-                    file.trim()
-                ));
+                found.add(format!("loop device {} of {}", device.file_name().to_string_lossy(), file.trim()));
             }
         }
         for directory in WATCHED.iter().map(Path::new).chain(more.iter().map(PathBuf::as_path)) {
             files(directory, &mut found);
         }
-        Ok(Self(found))
+        Ok(found)
     }
 
     /// What is here and was not in `before`.
     pub fn beyond(&self, before: &Self) -> Vec<String> {
-        self.0.difference(&before.0).cloned().collect()
+        let more = |(line, count): (&String, &usize)| {
+            let more = count.saturating_sub(before.0.get(line).copied().unwrap_or(0));
+            (more > 0).then(|| if more > 1 { format!("{line} ({more} times)") } else { line.clone() })
+        };
+        self.0.iter().filter_map(more).collect()
+    }
+
+    fn add(&mut self, line: String) {
+        *self.0.entry(line).or_default() += 1;
     }
 }
 
@@ -72,7 +76,7 @@ pub fn none_since(before: &Inventory, more: &[PathBuf]) -> Result<()> {
 }
 
 /// Processes by id, start time and name; kernel threads come and go as the kernel pleases.
-fn processes(found: &mut BTreeSet<String>) -> Result<()> {
+fn processes(found: &mut Inventory) -> Result<()> {
     let own = std::process::id().to_string();
     for entry in fs::read_dir("/proc")?.flatten() {
         let pid = entry.file_name().to_string_lossy().into_owned();
@@ -84,9 +88,17 @@ fn processes(found: &mut BTreeSet<String>) -> Result<()> {
             continue;
         }
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        found.insert(format!("process {pid} {}", command.trim()));
+        found.add(format!("process {pid} of {} {}", start_time(&entry.path()), command.trim()));
     }
     Ok(())
+}
+
+/// In clock ticks since the machine started: with it a process id means one process.
+fn start_time(process: &Path) -> String {
+    let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+    // Field 22 of proc_pid_stat(5); the second, in parentheses, may hold anything.
+    let rest = stat.rsplit(") ").next().unwrap_or_default();
+    rest.split_whitespace().nth(19).unwrap_or("?").to_owned()
 }
 
 fn is_zombie(process: &Path) -> bool {
@@ -95,12 +107,12 @@ fn is_zombie(process: &Path) -> bool {
 }
 
 /// Every path below `directory`; of cgroups only the directories.
-fn files(directory: &Path, found: &mut BTreeSet<String>) {
+fn files(directory: &Path, found: &mut Inventory) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_directory || !path.starts_with("/sys") {
-            found.insert(format!("file {}", path.display()));
+            found.add(format!("file {}", path.display()));
         }
         if is_directory {
             files(&path, found);

@@ -24,4 +24,5 @@ pub mod image;
 pub mod inside;
 pub mod job;
 pub mod leftovers;
+pub mod shard;
 pub mod wait;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Result, ensure};
 
@@ -32,6 +33,9 @@ const fn case(name: &'static str, run: fn(&Subject) -> Result<()>) -> Case {
 }
 
 const FILES: &str = "/srv/e2e/bad";
+/// What an error shows of a guest that did not come up.
+const CONSOLE: &str = "last lines of the guest console";
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// Runs a container that must be refused: ctr's one error with every one of `words`, nothing
 /// left once the breakage itself is undone.
@@ -46,7 +50,7 @@ fn refused(
     let output = subject.run("broken", &["true"])?.run()?;
     drop(broken);
     ensure!(output.code() == 1, "status of ctr: {output}");
-    one_error(&output)?;
+    one_error(subject, &output)?;
     let errors = output.errors();
     words.iter().try_for_each(|word| expect_contains("standard error", &errors, word))?;
     subject.nothing_beyond(&before)
@@ -77,7 +81,7 @@ fn kernel_missing(subject: &Subject) -> Result<()> {
 
 fn kernel_corrupt(subject: &Subject) -> Result<()> {
     let path = file("kernel", &[0x5a; 100_000])?;
-    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["kernel"])
+    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["neither a bzImage nor an ELF file"])
 }
 
 fn initramfs_missing(subject: &Subject) -> Result<()> {
@@ -87,11 +91,11 @@ fn initramfs_missing(subject: &Subject) -> Result<()> {
 /// The guest's kernel finds no init in it: the end of its console tells.
 fn initramfs_corrupt(subject: &Subject) -> Result<()> {
     let path = file("initramfs", &[0x5a; 100_000])?;
-    refused_with(subject, &format!("initramfs = \"{}\"", path.display()), &["panic"])
+    refused_with(subject, &format!("initramfs = \"{}\"", path.display()), &[CONSOLE, PANIC])
 }
 
 fn cached_image_corrupt(subject: &Subject) -> Result<()> {
-    refused(subject, &["image"], || {
+    refused(subject, &["root file system image /var/lib/spore/images/", "it is made again"], || {
         let mut undo: Vec<Box<dyn Send>> = Vec::new();
         for entry in fs::read_dir("/var/lib/spore/images")?.flatten().filter(|entry| entry.path().is_file()) {
             // A torn write: the right length, the wrong bytes.
@@ -131,26 +135,48 @@ fn kvm_unusable(subject: &Subject) -> Result<()> {
 }
 
 fn disk_full(subject: &Subject) -> Result<()> {
-    refused(subject, &["/var/lib/spore"], || {
-        Ok(vec![Box::new(Over::small(256 << 10, Path::new("/var/lib/spore"))?)])
-    })
+    let state = Path::new("/var/lib/spore");
+    refused(subject, &["the disk that holds /var/lib/spore", "free space there"], || {
+        Ok(vec![Box::new(Full(Over::small(256 << 10, state)?))])
+    })?;
+    let left = fs::read_to_string(LEFT_ON_FULL)?;
+    ensure!(left.is_empty(), "left on the full disk:\n{left}");
+    Ok(())
+}
+
+/// What still lay on the full disk when it went.
+const LEFT_ON_FULL: &str = "/srv/e2e/bad/left-on-full-disk";
+
+/// A full disk; tells in [`LEFT_ON_FULL`] which half-made files it held at its end.
+struct Full(#[expect(dead_code, reason = "unmounted when it goes")] Over);
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        let find = Command::new("find").args(["/var/lib/spore", "-type", "f", "-size", "+0"]).output();
+        let told = find.map_or_else(|error| error.to_string().into_bytes(), |find| find.stdout);
+        fs::create_dir_all(FILES).and_then(|()| fs::write(LEFT_ON_FULL, told)).ok();
+    }
 }
 
 fn guest_panics(subject: &Subject) -> Result<()> {
-    refused_with(subject, "kernel_args = \"rdinit=/no-such-init\"", &["panic"])
+    refused_with(subject, "kernel_args = \"rdinit=/no-such-init\"", &[CONSOLE, PANIC])
 }
 
 fn guest_faults(subject: &Subject) -> Result<()> {
     // ud2 without an interrupt table: a triple fault.
-    let path = file("faulting", &bare_kernel(&[0x0f, 0x0b]))?;
-    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["fault"])
+    let path = file("bare", &bare_kernel(&[0x0f, 0x0b]))?;
+    refused_with(subject, &format!("kernel = \"{}\"", path.display()), &["triple fault"])
 }
 
 fn guest_hangs(subject: &Subject) -> Result<()> {
+    // Writes a line to the serial port, mov dx,0x3f8; then mov al,BYTE; out dx,al for each.
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
+    code.extend(b"waiting for godot\n".iter().flat_map(|byte| [0xb0, *byte, 0xee]));
     // cli; hlt, for ever.
-    let path = file("hanging", &bare_kernel(&[0xfa, 0xf4, 0xeb, 0xfd]))?;
+    code.extend([0xfa, 0xf4, 0xeb, 0xfd]);
+    let path = file("hanging", &bare_kernel(&code))?;
     let config = format!("kernel = \"{}\"\nboot_deadline_s = 5", path.display());
-    refused_with(subject, &config, &["5 s"])
+    refused_with(subject, &config, &["within 5 s", CONSOLE, "waiting for godot"])
 }
 
 /// An ELF executable for x86_64 that consists of `code` at 16 MiB.

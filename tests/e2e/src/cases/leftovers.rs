@@ -7,14 +7,18 @@ use super::{Case, soak};
 use crate::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::new("leftovers::sequential", sequential).alone().newest_unless_soak(),
-    Case::new("leftovers::concurrent", concurrent).alone().newest_unless_soak(),
+    Case::new("leftovers::sequential", sequential).alone().long().starts(1 + SEQUENTIAL),
+    Case::new("leftovers::concurrent", concurrent).alone().long().starts(1 + WIDTH),
     Case::new("leftovers::refused", refused).alone().newest_unless_soak(),
 ];
 
+const SEQUENTIAL: usize = 20;
+/// Containers at once.
+const WIDTH: usize = 8;
+
 /// One after the other, each with an output and an exit status of its own.
 fn sequential(subject: &Subject) -> Result<()> {
-    let count = if soak() { 500 } else { 20 };
+    let count = soak().unwrap_or(SEQUENTIAL);
     subject.warm_up()?;
     let before = subject.inventory()?;
     for (index, status) in TELLING.iter().cycle().take(count).enumerate() {
@@ -28,11 +32,11 @@ fn sequential(subject: &Subject) -> Result<()> {
 }
 
 fn concurrent(subject: &Subject) -> Result<()> {
-    let (rounds, width) = if soak() { (20, 16) } else { (1, 8) };
+    let rounds = soak().map_or(1, |runs| runs.div_ceil(4 * WIDTH));
     subject.warm_up()?;
     let before = subject.inventory()?;
     for _ in 0..rounds {
-        let calls: Vec<_> = (0..width)
+        let calls: Vec<_> = (0..WIDTH)
             .map(|index| subject.run("many", &["echo", &index.to_string()])?.spawn())
             .collect::<Result<_>>()?;
         for (index, call) in calls.into_iter().enumerate() {

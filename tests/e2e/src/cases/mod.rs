@@ -3,6 +3,7 @@
 mod bad_command;
 mod bad_config;
 mod bad_host;
+mod environment;
 mod events;
 mod killed;
 mod leftovers;
@@ -29,10 +30,14 @@ pub(crate) struct Case {
     pub(crate) smoke: bool,
     /// What it proves exists only in Spore.
     pub(crate) spore_only: bool,
-    /// Too long for every series in `make test`: `make soak` runs it on each.
+    /// Belongs to `make soak`, which runs it on each series.
+    pub(crate) long: bool,
+    /// Too long for every series in `make test`: only the newest.
     pub(crate) newest_unless_soak: bool,
     /// Series of containerd from which on it applies.
     pub(crate) since: &'static str,
+    /// How many it starts: what it costs.
+    pub(crate) containers: usize,
 }
 
 impl Case {
@@ -43,8 +48,10 @@ impl Case {
             alone: false,
             smoke: false,
             spore_only: false,
+            long: false,
             newest_unless_soak: false,
             since: "",
+            containers: 1,
         }
     }
 
@@ -63,6 +70,11 @@ impl Case {
         self
     }
 
+    pub(crate) const fn starts(mut self, containers: usize) -> Self {
+        self.containers = containers;
+        self
+    }
+
     pub(crate) const fn since(mut self, series: &'static str) -> Self {
         self.since = series;
         self
@@ -70,18 +82,23 @@ impl Case {
 
     pub(crate) const fn newest_unless_soak(mut self) -> Self {
         self.newest_unless_soak = true;
+        self.long()
+    }
+
+    pub(crate) const fn long(mut self) -> Self {
+        self.long = true;
         self
     }
 
     pub(crate) fn applies(&self, subject: &Subject) -> bool {
-        let since = if self.newest_unless_soak && !soak() { "2." } else { self.since };
+        let since = if self.newest_unless_soak && soak().is_none() { "2." } else { self.since };
         (subject.is_spore() || !self.spore_only) && subject.series.as_str() >= since
     }
 }
 
-/// Whether this is `make soak`.
-pub(crate) fn soak() -> bool {
-    std::env::var_os("SPORE_E2E_SOAK").is_some()
+/// The runs that `make soak` asks for.
+pub(crate) fn soak() -> Option<usize> {
+    std::env::var("SPORE_E2E_SOAK").ok()?.parse().ok()
 }
 
 /// Every case, the quick and telling ones first.
@@ -93,6 +110,7 @@ pub(crate) fn all() -> Vec<Case> {
         signals::CASES,
         tasks::CASES,
         rootfs::CASES,
+        environment::CASES,
         events::CASES,
         bad_command::CASES,
         bad_config::CASES,

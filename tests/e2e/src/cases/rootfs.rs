@@ -1,16 +1,20 @@
 //! Every way by which a root file system reaches the runtime.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use spore_harness::image::{BUSYBOX, LAYERS, LAYERS_FILES};
 
 use super::{Case, expect_equal};
 use crate::bed::Subject;
+use crate::host::Over;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("rootfs::layers_overlayfs", |subject| layers(subject, "overlayfs")),
     Case::new("rootfs::layers_native", |subject| layers(subject, "native")).smoke(),
     Case::new("rootfs::layers_erofs", layers_erofs).since("2.1"),
     Case::new("rootfs::directory", directory),
+    Case::new("rootfs::mounted_overlay", mounted_overlay),
     Case::new("rootfs::writable_and_ordinary", writable_and_ordinary),
 ];
 
@@ -56,8 +60,26 @@ fn directory(subject: &Subject) -> Result<()> {
     args.extend(command);
     let output = subject.ctr(&args)?.run()?;
     ensure!(output.success(), "{output}");
-    let expected = std::fs::read_to_string(subject.bed.rootfs().join("etc/passwd"))?;
+    let expected = fs::read_to_string(subject.bed.rootfs().join("etc/passwd"))?;
     expect_equal("/etc/passwd", &output.text(), &expected)
+}
+
+/// `--rootfs` on a mounted overlay to which something was written: what Docker gives.
+fn mounted_overlay(subject: &Subject) -> Result<()> {
+    let home = tempfile::tempdir_in("/srv/e2e")?;
+    let [upper, work, root] = ["upper", "work", "root"].map(|name| home.path().join(name));
+    for directory in [&upper, &work, &root] {
+        fs::create_dir(directory)?;
+    }
+    let _mounted = Over::overlay(&subject.bed.rootfs(), &upper, &work, &root)?;
+    fs::write(root.join("etc/written"), "on the host\n")?;
+    fs::remove_file(root.join("etc/passwd"))?;
+    let script = "cat /etc/written; [ -e /etc/passwd ] || echo gone; echo x > /etc/more";
+    let (id, runtime, root) = (subject.id("overlay"), subject.runtime.id(), root.to_string_lossy());
+    let args = ["run", "--rm", "--runtime", runtime, "--rootfs", &root, &id, "/bin/sh", "-c", script];
+    let output = subject.ctr(&args)?.run()?;
+    ensure!(output.success(), "{output}");
+    expect_equal("output", &output.text().as_str(), &"on the host\ngone\n")
 }
 
 /// What a program finds of an ordinary OCI environment.

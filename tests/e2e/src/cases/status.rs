@@ -6,7 +6,7 @@ use super::{Case, expect_equal};
 use crate::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::new("status::zero_and_one", zero_and_one).smoke(),
+    Case::new("status::zero_and_one", zero_and_one).smoke().starts(2),
     Case::new("status::all_in_one_guest", all_in_one_guest),
 ];
 

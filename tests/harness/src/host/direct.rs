@@ -1,6 +1,7 @@
 //! The host as the ground: the same programs, in mount, pid, IPC, network and cgroup
 //! namespaces of their own, over a private copy of the same root file system. The host's own
-//! containerd, if any, is neither seen nor touched; everything goes with the namespaces.
+//! containerd, if any, is neither seen nor touched. Shared with the host are its modules,
+//! its cgroups and `/dev`, where one case takes `/dev/kvm` away for a while.
 
 use std::fs;
 use std::path::Path;

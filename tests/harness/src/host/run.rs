@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use super::{cache, direct, machine::Machine, payload, qemu, rootfs};
 use crate::ground::{self, Decision, Ground, ProbeKit};
 use crate::job::Job;
+use crate::shard::SHARD;
 
 /// What to run on the ground.
 pub struct Request {
@@ -20,12 +21,9 @@ pub struct Request {
     pub env: BTreeMap<String, String>,
     pub deadline: Duration,
     /// Machines that share the work, where the ground is one: each gets its part by
-    /// [`SHARD`], and the program divides.
+    /// [`SHARD`](crate::shard::SHARD), and the program divides.
     pub machines: u8,
 }
-
-/// Variable that tells a program its part of the work: `1/2` is the first of two.
-pub const SHARD: &str = "SPORE_SHARD";
 
 /// How a ground finished.
 pub struct Finished {

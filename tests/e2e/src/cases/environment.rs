@@ -1,0 +1,57 @@
+//! What a process finds around itself is what runc gives it, but for the machine.
+
+use anyhow::{Result, ensure};
+use spore_harness::containerd::Runtime;
+use spore_harness::image::BUSYBOX;
+
+use super::{Case, expect_contains, expect_equal};
+use crate::bed::Subject;
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("environment::as_runc", as_runc).spore_only(),
+    Case::new("environment::limits_choose_the_machine", limits_choose_the_machine).spore_only(),
+    Case::new("environment::memory_limit_kills", memory_limit_kills),
+];
+
+/// Identity, capabilities, limits, environment, devices, mounts, masked and read-only paths.
+const ASK: &str = "id; pwd; umask; env | sort; ulimit -n; \
+    grep -E '^(Cap|NoNewPrivs|Groups)' /proc/self/status; \
+    ls /dev | sort; awk '$2 != \"/\" { print $2, $3 }' /proc/mounts | sort; \
+    for f in /proc/kcore /proc/keys; do wc -c < $f; done; \
+    for f in /proc/sys/kernel/hostname /proc/sysrq-trigger; do ( echo x > $f ) 2>&1; done; \
+    ls /proc/acpi /sys/firmware 2>/dev/null | wc -l";
+
+fn as_runc(subject: &Subject) -> Result<()> {
+    let ask = |runtime: Runtime| -> Result<Vec<String>> {
+        let id = subject.id("ask");
+        let args = ["run", "--rm", "--runtime", runtime.id(), BUSYBOX, &id, "sh", "-c", ASK];
+        let output = subject.ctr(&args)?.run()?;
+        ensure!(output.success(), "{}: {output}", runtime.name());
+        Ok(output.text().lines().map(str::to_owned).collect())
+    };
+    expect_equal("lines", &ask(Runtime::Spore)?, &ask(Runtime::Runc)?)
+}
+
+/// CPU and memory limits of the specification choose a machine that holds them.
+fn limits_choose_the_machine(subject: &Subject) -> Result<()> {
+    let options = ["--cpus", "1.5", "--memory-limit", "536870912"];
+    let script = "nproc; free -m | awk '/^Mem:/ { print $2 }'";
+    let output = subject.run_with("limited", &options, BUSYBOX, &["sh", "-c", script])?.run()?;
+    ensure!(output.success(), "{output}");
+    let text = output.text();
+    let [cpus, memory] = text.lines().collect::<Vec<_>>()[..] else {
+        anyhow::bail!("two lines expected: {output}")
+    };
+    expect_equal("CPUs", &cpus, &"2")?;
+    ensure!(memory.parse::<u32>()? > 512, "the machine has {memory} MiB");
+    Ok(())
+}
+
+/// The exact limit is that of the container's cgroup: its process dies, the container goes on.
+fn memory_limit_kills(subject: &Subject) -> Result<()> {
+    let script = "dd if=/dev/zero of=/dev/shm/big bs=1M count=60; echo status $?";
+    let options = ["--memory-limit", "33554432"];
+    let output = subject.run_with("oom", &options, BUSYBOX, &["sh", "-c", script])?.run()?;
+    ensure!(output.success(), "{output}");
+    expect_contains("output", &output.text(), "status 137")
+}
