@@ -83,8 +83,8 @@ async fn serve(started_ns: u64) -> io::Result<()> {
         }
     };
     tokio::select! {
-        failed = reaping => return Err(failed.unwrap_or_else(io::Error::other)),
-        failed = stdio => return Err(failed.unwrap_or_else(io::Error::other)),
+        failed = reaping => return Err(because("reaping", failed)),
+        failed = stdio => return Err(because("accepting stdio connections", failed)),
         // Everything is unmounted already; the answer is on its way.
         () = service.shut_down() => {}
         () = pressed => registry.shut_down(power::BUTTON_GRACE).await,
@@ -93,6 +93,12 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     }
     drop(ready);
     Ok(())
+}
+
+/// Why one of the two tasks without which there is no guest has ended.
+fn because(what: &str, ended: Result<io::Error, tokio::task::JoinError>) -> io::Error {
+    let error = ended.unwrap_or_else(io::Error::other);
+    io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 /// Tells the host that both ports listen. The connection is kept: its end is the guest's.

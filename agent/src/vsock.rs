@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -20,6 +21,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
 const BACKLOG: i32 = 128;
+/// Before accept is tried again for want of resources.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Listens on a port of the guest.
 pub struct VsockListener {
@@ -35,26 +38,68 @@ impl VsockListener {
         Ok(Self { socket: crate::sys::watch(fd)?, loopback })
     }
 
-    /// The next connection of an admitted peer, non-blocking.
+    /// The next connection of an admitted peer, non-blocking. One that fails is skipped, and a want
+    /// of resources waited out: an error says that this socket will never accept again.
     pub async fn accept(&self) -> io::Result<OwnedFd> {
         loop {
             let mut guard = self.socket.readable().await?;
-            let accepted = guard.try_io(|socket| accept4(socket.as_raw_fd(), FLAGS).map_err(io::Error::from));
+            let Ok(accepted) = guard.try_io(|socket| Ok(accept4(socket.as_raw_fd(), FLAGS)?)) else {
+                // It was not ready after all.
+                continue;
+            };
             match accepted {
-                Ok(Ok(fd)) => {
+                Ok(fd) => {
                     let fd = own(fd);
-                    let peer: VsockAddr = getpeername(fd.as_raw_fd())?;
-                    let local = peer.cid() == libc::VMADDR_CID_LOCAL;
-                    if peer.cid() == libc::VMADDR_CID_HOST || (local && self.loopback) {
+                    if self.admits(&fd) {
                         return Ok(fd);
                     }
-                    crate::say!("vsock: refused a connection from CID {}", peer.cid());
                 }
-                Ok(Err(error)) if error.raw_os_error() == Some(Errno::ECONNABORTED as i32) => {}
-                Ok(Err(error)) => return Err(error),
-                Err(_would_block) => {}
+                Err(error) => match after(&error) {
+                    After::Next => {}
+                    After::Wait => {
+                        crate::say!("vsock: accept: {error}; trying again");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                    After::End => return Err(error),
+                },
             }
         }
+    }
+
+    fn admits(&self, connection: &OwnedFd) -> bool {
+        let peer: VsockAddr = match getpeername(connection.as_raw_fd()) {
+            Ok(peer) => peer,
+            Err(error) => {
+                crate::say!("vsock: a connection was gone before it was served: {error}");
+                return false;
+            }
+        };
+        let local = peer.cid() == libc::VMADDR_CID_LOCAL;
+        let admitted = peer.cid() == libc::VMADDR_CID_HOST || (local && self.loopback);
+        if !admitted {
+            crate::say!("vsock: refused a connection from CID {}", peer.cid());
+        }
+        admitted
+    }
+}
+
+/// What follows a failed accept.
+#[derive(Debug, PartialEq, Eq)]
+enum After {
+    /// That connection is lost; there may be others.
+    Next,
+    /// The same would happen again at once: for want of descriptors or memory, mostly.
+    Wait,
+    /// The socket does not listen.
+    End,
+}
+
+fn after(error: &io::Error) -> After {
+    match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+        Errno::ECONNABORTED | Errno::ECONNRESET | Errno::EPROTO | Errno::EINTR => After::Next,
+        Errno::EBADF | Errno::ENOTSOCK | Errno::EINVAL | Errno::EOPNOTSUPP => After::End,
+        // EMFILE, ENFILE, ENOMEM, ENOBUFS, and what nobody has thought of.
+        _ => After::Wait,
     }
 }
 
@@ -126,5 +171,29 @@ impl AsyncWrite for VsockStream {
             Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
             Err(error) => Err(error.into()),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_that_does_not_listen_ends_accepting() {
+        let cases = [
+            (libc::ECONNABORTED, After::Next),
+            (libc::EINTR, After::Next),
+            (libc::EMFILE, After::Wait),
+            (libc::ENFILE, After::Wait),
+            (libc::ENOMEM, After::Wait),
+            (libc::ENOBUFS, After::Wait),
+            (libc::ETIMEDOUT, After::Wait),
+            (libc::EBADF, After::End),
+            (libc::EINVAL, After::End),
+        ];
+        for (number, expected) in cases {
+            let error = io::Error::from_raw_os_error(number);
+            assert_eq!(after(&error), expected, "{error}");
+        }
     }
 }

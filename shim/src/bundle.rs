@@ -1,11 +1,13 @@
 //! The OCI bundle: reads and checks `config.json`, takes from it what the host side
-//! needs, and makes the copy that the guest gets (without host paths and hooks).
+//! needs, and makes the copy that the guest gets (without host paths and host hooks).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::Value;
+use spore_agent_api::MOUNT_TYPES;
 
 use crate::config::{Limits, cpuset_count};
 
@@ -18,7 +20,7 @@ pub(crate) enum BundleError {
     #[error("OCI spec {path}: malformed: {detail}")]
     Malformed { path: PathBuf, detail: String },
     #[error("OCI spec {path}: {what}; {mend}")]
-    Invalid { path: PathBuf, what: String, mend: &'static str },
+    Invalid { path: PathBuf, what: String, mend: Cow<'static, str> },
     #[error("OCI spec {path}: {what} is not supported by this version of Spore; {mend}")]
     Unsupported { path: PathBuf, what: String, mend: &'static str },
 }
@@ -43,10 +45,6 @@ pub(crate) struct Bundle {
     pub(crate) root: PathBuf,
     pub(crate) hostname: String,
 }
-
-/// File systems that the guest's own kernel provides.
-const GUEST_MOUNTS: [&str; 8] =
-    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"];
 
 impl Bundle {
     pub(crate) fn load(path: &Path) -> Result<Self, BundleError> {
@@ -89,7 +87,11 @@ impl Bundle {
 }
 
 fn check_process(path: &Path, spec: &Spec) -> Result<(), BundleError> {
-    let invalid = |what: &str, mend| BundleError::Invalid { path: path.into(), what: what.to_string(), mend };
+    let invalid = |what: &str, mend: &'static str| BundleError::Invalid {
+        path: path.into(),
+        what: what.to_string(),
+        mend: mend.into(),
+    };
     let process = spec
         .process()
         .as_ref()
@@ -108,25 +110,26 @@ fn check_mounts(path: &Path, spec: &Spec) -> Result<(), BundleError> {
         let destination = mount.destination().display();
         let kind = mount.typ().as_deref().unwrap_or("");
         let bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
-        if bind || kind == "bind" {
+        if bind || kind == "bind" || kind == "rbind" {
             return Err(BundleError::Unsupported {
                 path: path.into(),
                 what: format!("the bind mount on {destination}"),
                 mend: "run the container without volumes",
             });
         }
-        if !GUEST_MOUNTS.contains(&kind) {
+        if !MOUNT_TYPES.contains(&kind) {
             return Err(BundleError::Invalid {
                 path: path.into(),
                 what: format!("mount on {destination}: unknown type {kind:?}"),
-                mend: "allowed are proc, sysfs, tmpfs, devpts, mqueue, cgroup, cgroup2 and devtmpfs",
+                mend: format!("allowed are {}", MOUNT_TYPES.join(", ")).into(),
             });
         }
     }
     Ok(())
 }
 
-/// A host hook that is silently left out would be worse than a refusal.
+/// A host hook that is silently left out would be worse than a refusal. `startContainer` is
+/// none: it runs inside the container, so the agent sees to it.
 fn check_hooks(path: &Path, spec: &Spec) -> Result<(), BundleError> {
     let Some(hooks) = spec.hooks() else { return Ok(()) };
     #[allow(deprecated)] // `prestart` is deprecated in the specification, not gone.
@@ -134,7 +137,6 @@ fn check_hooks(path: &Path, spec: &Spec) -> Result<(), BundleError> {
         ("prestart", hooks.prestart()),
         ("createRuntime", hooks.create_runtime()),
         ("createContainer", hooks.create_container()),
-        ("startContainer", hooks.start_container()),
         ("poststart", hooks.poststart()),
         ("poststop", hooks.poststop()),
     ];
@@ -143,7 +145,7 @@ fn check_hooks(path: &Path, spec: &Spec) -> Result<(), BundleError> {
         Some((name, _)) => Err(BundleError::Unsupported {
             path: path.into(),
             what: format!("the hook {name}"),
-            mend: "run the container without hooks",
+            mend: "run the container without hooks other than startContainer",
         }),
     }
 }
@@ -165,7 +167,7 @@ fn network(path: &Path, spec: &Spec) -> Result<NetworkNamespace, BundleError> {
             path: path.into(),
             what: "there is no network namespace (host networking), and a virtual machine cannot share the host's"
                 .into(),
-            mend: "run the container without --net-host / --network=host",
+            mend: "run the container without --net-host / --network=host".into(),
         }),
     }
 }
@@ -189,7 +191,9 @@ fn limits(spec: &Spec) -> Limits {
 /// (the holder has joined it) and the root's path (the disks replace it).
 fn make_guests_own(spec: &mut Value) {
     let Some(object) = spec.as_object_mut() else { return };
-    object.remove("hooks");
+    if let Some(hooks) = object.get_mut("hooks").and_then(Value::as_object_mut) {
+        hooks.retain(|name, _| name == "startContainer");
+    }
     if let Some(root) = object.get_mut("root").and_then(Value::as_object_mut) {
         root.insert("path".into(), "rootfs".into());
     }
@@ -242,6 +246,18 @@ mod tests {
     }
 
     #[test]
+    fn what_the_agent_accepts_the_shim_lets_pass() {
+        let mut spec = spec();
+        let mounts = MOUNT_TYPES.map(|kind| json!({ "destination": format!("/m/{kind}"), "type": kind }));
+        spec["mounts"] = json!(mounts);
+        let hook = json!([{ "path": "/bin/in-the-image" }]);
+        spec["hooks"] = json!({ "startContainer": hook, "prestart": [] });
+        let guest: Value = serde_json::from_slice(&parse(&spec).unwrap().guest_spec).unwrap();
+        assert_eq!(guest["mounts"], spec["mounts"]);
+        assert_eq!(guest["hooks"], json!({ "startContainer": hook }));
+    }
+
+    #[test]
     fn a_relative_root_is_the_bundles() {
         let mut spec = spec();
         spec["root"]["path"] = "rootfs".into();
@@ -260,6 +276,8 @@ mod tests {
             (edit(&|s| s["process"]["args"] = json!([])), "process.args is empty"),
             (edit(&|s| s["process"]["args"] = json!("sh")), "malformed"),
             (edit(&|s| s["mounts"][0]["type"] = "9p".into()), "unknown type \"9p\""),
+            (edit(&|s| s["mounts"][0]["type"] = "devtmpfs".into()), "allowed are proc, sysfs"),
+            (edit(&|s| s["mounts"][0]["type"] = "rbind".into()), "bind mount on /proc"),
             (edit(&|s| s["mounts"][0]["options"] = json!(["rbind"])), "bind mount on /proc"),
             (edit(&|s| s["linux"]["namespaces"] = json!([{ "type": "pid" }])), "host networking"),
             (edit(&|s| s["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()), "pid namespace"),

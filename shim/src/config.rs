@@ -221,18 +221,20 @@ impl Limits {
 }
 
 /// The smallest class that holds `bytes` and the guest itself. Classes are the powers of
-/// two and their midpoints. A limit beyond the host's memory limits nothing: the largest
-/// class that the host has.
+/// two and their midpoints, and above the last of them that the host has, the host's own
+/// size. A limit beyond the host's memory limits nothing: the largest class but that.
 fn memory_class(bytes: u64, host_mib: u64) -> u64 {
     let need = bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
+    let most = host_mib.min(MAX_MEMORY_MIB);
     let mut class = SMALLEST_CLASS_MIB;
-    loop {
+    while class < need {
         let next = if class.is_power_of_two() { class + class / 2 } else { (class / 3) * 4 };
-        if class >= need || next > host_mib.min(MAX_MEMORY_MIB) {
-            return class;
+        if next > most {
+            return if need <= most { most } else { class };
         }
         class = next;
     }
+    class
 }
 
 fn host_memory_mib() -> u64 {
@@ -312,6 +314,12 @@ mod tests {
         assert_eq!(memory_class(65 << 20, 1 << 20), 192);
         assert_eq!(memory_class(512 << 20, 1 << 20), 768);
         assert_eq!(memory_class(u64::MAX, 24_000), 16384);
+        assert_eq!(memory_class(16_000 << 20, 24_000), 16384);
+        for (limit, expected) in [(16_384, 24_000), (23_936, 24_000), (23_937, 16_384)] {
+            assert_eq!(memory_class(limit << 20, 24_000), expected, "{limit} MiB on a host of 24000");
+        }
+        let last = MAX_MEMORY_MIB - GUEST_OVERHEAD_MIB;
+        assert_eq!(memory_class(last << 20, u64::MAX), MAX_MEMORY_MIB);
     }
 
     #[test]

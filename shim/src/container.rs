@@ -1,18 +1,22 @@
 //! One container of the sandbox: its life from created to deleted, and the order of its
-//! events. `phase` is the one lock; whoever publishes an event of the container holds it,
-//! so that TaskStart precedes TaskExit precedes TaskDelete.
+//! events. `turn` is the one lock; whoever publishes an event of the container holds it,
+//! so that TaskStart precedes TaskExit precedes TaskDelete. It is held across calls to the
+//! guest, so what must not wait for a guest (State) reads `phase` without it.
+
+mod end;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::Status;
-use containerd_shim_protos::events::task::{TaskDelete, TaskExit, TaskStart};
+use containerd_shim_protos::events::task::{TaskDelete, TaskStart};
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
-use slog::{Logger, info, warn};
+use slog::{Logger, warn};
 use tokio::sync::watch;
 use ttrpc::Code;
 
+use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestError};
@@ -22,14 +26,10 @@ use crate::vm::Vm;
 
 /// How long Delete waits for a client to take the last output (runc's shim: the same).
 const DRAIN: Duration = Duration::from_secs(10);
-/// How long a client may stop reading output before the exit is told all the same.
-const STALL: Duration = Duration::from_secs(10);
-/// How long a killed process may take to be reported.
-const KILLED: Duration = Duration::from_secs(10);
+/// How long the guest may take to list processes.
+const PIDS: Duration = Duration::from_secs(2);
 /// After the agent's connection broke, how long its VM may take to end by itself.
 const LOST: Duration = Duration::from_secs(2);
-/// Status of a process that was killed with its VM: 128 + SIGKILL.
-const KILLED_STATUS: u32 = 137;
 
 /// What the process ended with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,9 +56,12 @@ pub(crate) struct Container {
     guest: Arc<Guest>,
     events: Events,
     log: Logger,
-    phase: tokio::sync::Mutex<Phase>,
+    turn: tokio::sync::Mutex<()>,
+    /// Changed by the holder of `turn` only.
+    phase: Mutex<Phase>,
     started: Mutex<SystemTime>,
     exit: watch::Sender<Option<Exit>>,
+    ending: Ending,
     streams: Streams,
     holder: Mutex<Option<Holder>>,
 }
@@ -82,10 +85,12 @@ impl Container {
             bundle: parts.bundle,
             stdio: parts.stdio,
             pid: parts.holder.id().pid,
+            ending: Ending::new(parts.holder.pidfd()),
             vm: parts.vm,
             guest: parts.guest,
             events,
-            phase: tokio::sync::Mutex::new(Phase::Created),
+            turn: tokio::sync::Mutex::default(),
+            phase: Mutex::new(Phase::Created),
             started: Mutex::new(SystemTime::now()),
             exit: watch::Sender::new(None),
             streams: parts.streams,
@@ -93,61 +98,9 @@ impl Container {
         }
     }
 
-    /// Follows the process to its end, whichever way that comes, and publishes it.
-    pub(crate) async fn watch(self: Arc<Self>, seen: impl FnOnce()) {
-        let (status, guest_ns) = tokio::select! {
-            answer = self.guest.wait(&self.id) => match answer {
-                Ok(exit) => (exit.status, Some(exit.at_ns)),
-                Err(error) => {
-                    // Without its agent a guest is lost; PID 1's end usually ends the VM.
-                    if tokio::time::timeout(LOST, self.vm.ended()).await.is_err() {
-                        warn!(self.log, "the guest's agent is gone, ending its VM"; "error" => %error);
-                        self.vm.kill().await;
-                    }
-                    (KILLED_STATUS, None)
-                }
-            },
-            end = self.vm.ended() => {
-                warn!(self.log, "the VM ended under the container"; "cause" => end.cause);
-                (KILLED_STATUS, None)
-            }
-        };
-        let at = self.exit_time(guest_ns);
-        seen();
-        // Clients take the exit for the end of the output.
-        if !self.streams.settle(STALL).await {
-            warn!(self.log, "output is not being read; the exit is told nevertheless");
-        }
-        let mut phase = self.phase.lock().await;
-        if *phase != Phase::Deleted {
-            *phase = Phase::Stopped;
-        }
-        info!(self.log, "task exit"; "status" => status);
-        let _ = self.exit.send_replace(Some(Exit { status, at }));
-        self.events.send(TaskExit {
-            container_id: self.id.clone(),
-            id: self.id.clone(),
-            pid: self.pid,
-            exit_status: status,
-            exited_at: timestamp(at),
-            ..Default::default()
-        });
-        drop(phase);
-    }
-
-    /// The guest's clock tells the time of the exit best, if it is sane.
-    fn exit_time(&self, guest_ns: Option<i64>) -> SystemTime {
-        let now = SystemTime::now();
-        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
-        match guest_ns.and_then(|ns| u64::try_from(ns).ok()).map(|ns| UNIX_EPOCH + Duration::from_nanos(ns)) {
-            Some(at) if at >= started && at <= now => at,
-            _ => now,
-        }
-    }
-
     pub(crate) async fn start(&self) -> Result<(), Error> {
-        let mut phase = self.phase.lock().await;
-        match *phase {
+        let _turn = self.turn.lock().await;
+        match self.phase() {
             Phase::Created => {}
             Phase::Running => return Err(Error::State("cannot start a running process".into())),
             Phase::Stopped => return Err(Error::State("cannot start a stopped process".into())),
@@ -156,7 +109,7 @@ impl Container {
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
         with_vm(&self.vm, "starting the container", self.guest.start(&self.id)).await?;
-        *phase = Phase::Running;
+        self.enter(Phase::Running);
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
         Ok(())
     }
@@ -170,76 +123,83 @@ impl Container {
         exit.wait_for(Option::is_some).await.map(|exit| *exit).unwrap_or(None)
     }
 
-    pub(crate) async fn status(&self) -> Status {
-        match *self.phase.lock().await {
+    fn phase(&self) -> Phase {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, phase: Phase) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+    }
+
+    /// Never waits for the guest.
+    pub(crate) fn status(&self) -> Status {
+        match self.phase() {
             Phase::Created => Status::CREATED,
             Phase::Running => Status::RUNNING,
             Phase::Stopped | Phase::Deleted => Status::STOPPED,
         }
     }
 
-    pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), Error> {
-        if self.exited().is_some() || self.vm.has_ended() {
-            return Err(Error::Finished);
-        }
-        let signalled = with_vm(&self.vm, "signalling", self.guest.signal(&self.id, signal, all)).await;
-        match signalled {
-            Err(Error::Vm(_)) => Err(Error::Finished),
-            Err(Error::Guest(GuestError::Refused {
-                code: Code::NOT_FOUND | Code::FAILED_PRECONDITION,
-                ..
-            })) => Err(Error::Finished),
-            other => other,
-        }
-    }
-
-    /// The task's pid first, then the other processes' pids in the guest.
+    /// The task's pid first, then the other processes' pids in the guest, if it tells them in
+    /// time.
     pub(crate) async fn pids(&self) -> Result<Vec<u32>, Error> {
         let mut pids = vec![self.pid];
         if self.exited().is_none() && !self.vm.has_ended() {
-            let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.id)).await?;
-            let inside = with_vm(&self.vm, "asking for processes", self.guest.pids(&self.id)).await?;
-            pids.extend(inside.into_iter().filter(|pid| *pid != init));
+            match tokio::time::timeout(PIDS, self.guest_pids()).await {
+                Ok(inside) => pids.extend(inside?),
+                Err(_) => warn!(self.log, "the guest does not list its processes"),
+            }
         }
         Ok(pids)
+    }
+
+    /// Without the container's init, for which the holder stands.
+    async fn guest_pids(&self) -> Result<Vec<u32>, Error> {
+        let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.id)).await?;
+        let mut inside = with_vm(&self.vm, "asking for processes", self.guest.pids(&self.id)).await?;
+        inside.retain(|pid| *pid != init);
+        Ok(inside)
     }
 
     pub(crate) fn close_stdin(&self) {
         self.streams.close_stdin();
     }
 
-    /// Takes the container out of the guest: its disks are unmounted and clean afterwards.
-    pub(crate) async fn delete(&self) -> Result<Exit, Error> {
-        let created = match *self.phase.lock().await {
-            Phase::Created => true,
-            Phase::Running => return Err(Error::State("cannot delete a running process".into())),
-            Phase::Stopped | Phase::Deleted => false,
+    /// How long the agent took to become ready, if it tells.
+    pub(crate) async fn agent_boot_ns(&self) -> Option<u64> {
+        self.guest.agent_boot_ns().await.ok().flatten()
+    }
+
+    /// Takes the container out of the guest: its disks are unmounted and clean afterwards. Works
+    /// in any state but a running process in a living VM.
+    pub(crate) async fn delete(self: &Arc<Self>) -> Result<Exit, Error> {
+        // A Start under way comes first.
+        let phase = {
+            let _turn = self.turn.lock().await;
+            self.phase()
         };
-        if created {
-            let _ = self.kill(libc::SIGKILL.unsigned_abs(), true).await;
-            if tokio::time::timeout(KILLED, self.wait()).await.is_err() {
-                warn!(self.log, "the created process does not end, ending its VM");
-                self.vm.kill().await;
+        match phase {
+            // SIGKILL ends it, or else its VM.
+            Phase::Created => drop(self.kill(libc::SIGKILL.unsigned_abs(), true).await),
+            Phase::Running if !self.is_lost() => {
+                return Err(Error::State("cannot delete a running process".into()));
             }
+            Phase::Running | Phase::Stopped | Phase::Deleted => {}
         }
         let exit = self.wait().await.unwrap_or(Exit { status: KILLED_STATUS, at: SystemTime::now() });
-        let mut phase = self.phase.lock().await;
-        if *phase == Phase::Deleted {
+        let _turn = self.turn.lock().await;
+        if self.phase() == Phase::Deleted {
             return Err(Error::NoContainer);
         }
-        if !self.streams.drain(DRAIN).await {
+        let patience = if self.ending.is_hurried() { LAST_OUTPUT } else { DRAIN };
+        if !self.streams.drain(patience).await {
             warn!(self.log, "output was not taken in time and is lost");
         }
-        if !self.vm.has_ended() {
-            match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.id)).await {
-                Ok(()) | Err(Error::Vm(_)) => {}
-                Err(Error::Guest(GuestError::Refused { code: Code::NOT_FOUND, .. })) => {}
-                // The VM goes anyway; what the guest had not written back is lost.
-                Err(error) => warn!(self.log, "the guest did not delete the container"; "error" => %error),
-            }
+        if !self.is_lost() {
+            self.delete_in_guest().await;
         }
         drop(self.holder.lock().unwrap_or_else(PoisonError::into_inner).take());
-        *phase = Phase::Deleted;
+        self.enter(Phase::Deleted);
         self.events.send(TaskDelete {
             container_id: self.id.clone(),
             pid: self.pid,
@@ -248,6 +208,15 @@ impl Container {
             ..Default::default()
         });
         Ok(exit)
+    }
+
+    async fn delete_in_guest(&self) {
+        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.id)).await {
+            Ok(()) | Err(Error::Vm(_)) => {}
+            Err(Error::Guest(GuestError::Refused { code: Code::NOT_FOUND, .. })) => {}
+            // The VM goes anyway; what the guest had not written back is lost.
+            Err(error) => warn!(self.log, "the guest did not delete the container"; "error" => %error),
+        }
     }
 }
 

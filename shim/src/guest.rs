@@ -1,4 +1,7 @@
 //! The sole client of the guest's agent: ttrpc over vsock, and the opening of stdio streams.
+//!
+//! The guest is not trusted: what it answers is bounded and cleaned here, before anybody sees
+//! it. ttrpc itself takes no frame above 4 MiB.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +22,13 @@ use crate::vm::Vm;
 const CALL: Duration = Duration::from_secs(30);
 /// Creating formats nothing but mounts, looks up and forks; a small guest under load is slow.
 const CREATE: Duration = Duration::from_secs(120);
+/// Facts for the timeline, which wait for nothing in the guest.
+const INFO: Duration = Duration::from_secs(2);
 /// Bytes for the guest's random pool.
 const ENTROPY: usize = 64;
+/// Most pids of a container that are believed, and most bytes of a text.
+const MOST_PIDS: usize = 4096;
+const MOST_TEXT: usize = 8 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestError {
@@ -33,6 +41,17 @@ pub(crate) enum GuestError {
     Lost { call: &'static str, detail: String },
     #[error("guest agent: {what}: {detail}")]
     Connect { what: &'static str, detail: String },
+}
+
+impl GuestError {
+    /// Whether the guest has not answered, as opposed to refused.
+    pub(crate) fn is_silence(&self) -> bool {
+        match self {
+            Self::Lost { .. } | Self::Connect { .. } => true,
+            Self::Refused { code, .. } => *code == Code::DEADLINE_EXCEEDED,
+            Self::Create { .. } => false,
+        }
+    }
 }
 
 /// What a process ended with.
@@ -152,7 +171,7 @@ impl Guest {
         // Without a deadline: a container may run for years.
         let answer =
             self.container.wait(Context::default(), &request).await.map_err(|error| failed("wait", error))?;
-        Ok(GuestExit { status: answer.exit_status, at_ns: answer.exited_at_ns })
+        Ok(GuestExit { status: exit_status(answer.exit_status), at_ns: answer.exited_at_ns })
     }
 
     pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), GuestError> {
@@ -174,7 +193,26 @@ impl Guest {
             .map_err(|error| failed("delete", error))
     }
 
-    /// Pids in the guest, the container's init among them.
+    /// Kills what runs in the guest, unmounts and syncs its disks; when this is answered they are
+    /// clean and the guest powers itself off. Processes get `grace` after SIGTERM.
+    pub(crate) async fn shutdown(&self, grace: Duration, deadline: Duration) -> Result<(), GuestError> {
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        let request = sandbox::ShutdownRequest { grace_ms, ..Default::default() };
+        self.sandbox
+            .shutdown(with_duration(deadline), &request)
+            .await
+            .map(drop)
+            .map_err(|error| failed("shutdown", error))
+    }
+
+    /// How long the agent took from its first instruction to being ready, by the guest's clock.
+    pub(crate) async fn agent_boot_ns(&self) -> Result<Option<u64>, GuestError> {
+        let answer = self.sandbox.info(with_duration(INFO), &sandbox::InfoRequest::new()).await;
+        let info = answer.map_err(|error| failed("info", error))?;
+        Ok(info.ready_ns.checked_sub(info.started_ns))
+    }
+
+    /// Pids in the guest, the container's init among them; at most the first 4096.
     pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>, GuestError> {
         let request = container::PidsRequest { id: id.into(), ..Default::default() };
         let answer = self
@@ -182,7 +220,7 @@ impl Guest {
             .pids(with_duration(CALL), &request)
             .await
             .map_err(|error| failed("pids", error))?;
-        Ok(answer.pids)
+        Ok(believed_pids(answer.pids))
     }
 
     /// The pid of the container's init in the guest.
@@ -222,8 +260,56 @@ impl Guest {
 fn failed(call: &'static str, error: ttrpc::Error) -> GuestError {
     match error {
         ttrpc::Error::RpcStatus(status) => {
-            GuestError::Refused { call, code: status.code(), message: status.message().to_string() }
+            GuestError::Refused { call, code: status.code(), message: clean(status.message()) }
         }
-        other => GuestError::Lost { call, detail: other.to_string() },
+        other => GuestError::Lost { call, detail: clean(&other.to_string()) },
+    }
+}
+
+/// A status is a byte. What is more than that is no status that a process can have: the
+/// highest is the nearest.
+fn exit_status(status: u32) -> u32 {
+    status.min(u32::from(u8::MAX))
+}
+
+fn believed_pids(mut pids: Vec<u32>) -> Vec<u32> {
+    pids.truncate(MOST_PIDS);
+    pids
+}
+
+/// The guest's words as they may stand in an error or a log: at most 8 KiB, on one line, and
+/// nothing that a terminal would obey.
+fn clean(text: &str) -> String {
+    let shown = &text[..text.floor_char_boundary(MOST_TEXT)];
+    shown
+        .chars()
+        .map(|c| if matches!(c, '\n' | '\r' | '\t') { ' ' } else { c })
+        .filter(|c| !c.is_control())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_words_are_cut_and_cleaned_in_every_error() {
+        let hostile = format!("\x1b]0;owned\x07no\nsuch {}", "ü".repeat(MOST_TEXT));
+        let status = ttrpc::get_status(Code::NOT_FOUND, &hostile);
+        let error = failed("signal", ttrpc::Error::RpcStatus(status));
+        let GuestError::Refused { code: Code::NOT_FOUND, message, .. } = error else { panic!("{error}") };
+        assert!(message.starts_with("]0;ownedno such ü"), "{message}");
+        assert!(message.len() <= MOST_TEXT && !message.contains(char::is_control));
+        let error = failed("wait", ttrpc::Error::Others(hostile));
+        let GuestError::Lost { detail, .. } = error else { panic!("{error}") };
+        assert!(detail.len() <= MOST_TEXT && !detail.contains(char::is_control));
+    }
+
+    #[test]
+    fn statuses_and_pids_are_bounded() {
+        assert_eq!((exit_status(0), exit_status(143), exit_status(255)), (0, 143, 255));
+        assert_eq!((exit_status(256), exit_status(u32::MAX)), (255, 255));
+        assert_eq!(believed_pids((0..10_000).collect()).len(), MOST_PIDS);
+        assert_eq!(believed_pids(vec![7, 8]), [7, 8]);
     }
 }

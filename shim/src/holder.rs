@@ -1,6 +1,7 @@
 //! The process whose pid is the task's (DESIGN 1). It sits in the sandbox's network
 //! namespace, where CNI, Docker and nerdctl look for it, does nothing, and ends with the
-//! task or with the shim: by PDEATHSIG and by the pipe on its standard input.
+//! task or with the shim: by PDEATHSIG and by the pipe on its standard input. Whoever kills it
+//! kills the task, as with runc's init.
 //!
 //! Boundary: spawned by [`Holder::spawn`] from the daemon's main thread (PDEATHSIG fires
 //! when the *thread* that spawned ends); [`main`] runs before any runtime exists.
@@ -9,10 +10,13 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::bundle::NetworkNamespace;
 use crate::process::{self, ProcessId};
@@ -33,7 +37,7 @@ pub(crate) enum HolderError {
 #[derive(Debug)]
 pub(crate) struct Holder {
     child: Child,
-    pidfd: OwnedFd,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
     id: ProcessId,
     /// Its end of file ends the holder should PDEATHSIG have been missed.
     _alive: Option<ChildStdin>,
@@ -58,13 +62,15 @@ impl Holder {
         });
         let outcome = match ready {
             Some(Ok(line)) if line == READY => process::pidfd_open(child.id())
-                .and_then(|pidfd| Ok((pidfd, ProcessId::of(child.id())?)))
+                .and_then(|pidfd| {
+                    Ok((process::watch(pidfd, Interest::READABLE)?, ProcessId::of(child.id())?))
+                })
                 .map_err(HolderError::Spawn),
             Some(Ok(line)) if !line.is_empty() => Err(HolderError::Failed(line)),
             _ => Err(HolderError::Failed("ended before it was ready".into())),
         };
         match outcome {
-            Ok((pidfd, id)) => Ok(Self { child, pidfd, id, _alive: alive }),
+            Ok((pidfd, id)) => Ok(Self { child, pidfd: Arc::new(pidfd), id, _alive: alive }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -76,12 +82,18 @@ impl Holder {
     pub(crate) fn id(&self) -> ProcessId {
         self.id
     }
+
+    /// Becomes readable when the process ends, whoever ended it. It stays a zombie until it is
+    /// dropped: while the task exists nobody else gets its pid.
+    pub(crate) fn pidfd(&self) -> Arc<AsyncFd<OwnedFd>> {
+        Arc::clone(&self.pidfd)
+    }
 }
 
 impl Drop for Holder {
     fn drop(&mut self) {
         // The child is ours and not reaped yet, so the pidfd cannot name another process.
-        let _ = process::pidfd_kill(&self.pidfd, libc::SIGKILL);
+        let _ = process::pidfd_kill(self.pidfd.get_ref(), libc::SIGKILL);
         let _ = self.child.wait();
     }
 }

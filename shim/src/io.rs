@@ -7,7 +7,7 @@
 //!
 //! Clients close their end of the output when they learn of the exit (`ctr` does, in all
 //! versions), whatever is still in the fifo. So the exit is told when they have read all
-//! ([`Streams::settle`]), unless they stopped reading.
+//! ([`Streams::settle`]), unless they stopped reading or the guest does not stop writing.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -254,8 +254,13 @@ impl Streams {
     }
 
     /// Waits until clients have read all output to its end, as long as there is progress at
-    /// least every `stall`. Says whether all of it was read (or nobody reads).
-    pub(crate) async fn settle(&self, stall: Duration) -> bool {
+    /// least every `stall`, and at most `total`: a guest may send output for ever. Says whether
+    /// all of it was read (or nobody reads).
+    pub(crate) async fn settle(&self, stall: Duration, total: Duration) -> bool {
+        tokio::time::timeout(total, self.settled(stall)).await.unwrap_or(false)
+    }
+
+    async fn settled(&self, stall: Duration) -> bool {
         let mut running = self.running.subscribe();
         loop {
             let before = self.progress.load(Ordering::Relaxed);

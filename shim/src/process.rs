@@ -91,6 +91,20 @@ pub(crate) fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Sets how soon the kernel kills a process when memory runs out: -1000 (never) to 1000 (first).
+pub(crate) fn set_oom_score_adj(pid: u32, score: i32) -> io::Result<()> {
+    std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
+}
+
+/// Makes this process a little likelier to be killed for memory than containerd, from which it
+/// inherited its score: containerd can come back, and a shim's end costs one sandbox. As
+/// runc's shim does.
+pub(crate) fn raise_oom_score_adj() -> io::Result<()> {
+    let text = std::fs::read_to_string("/proc/self/oom_score_adj")?;
+    let inherited: i32 = text.trim().parse().map_err(io::Error::other)?;
+    set_oom_score_adj(std::process::id(), inherited.saturating_add(1).min(1000))
+}
+
 /// Keeps glibc from one heap arena a thread: the shim's threads allocate little.
 pub(crate) fn limit_heap_arenas() {
     // SAFETY: mallopt with a documented parameter; called before any thread exists.
@@ -159,5 +173,17 @@ mod tests {
         assert!(!id.is_alive());
         child.wait().unwrap();
         assert!(!id.kill(Duration::from_secs(5)).unwrap());
+    }
+
+    #[test]
+    fn the_oom_score_of_a_process_is_set_and_a_wrong_one_refused() {
+        let mut child = Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().unwrap();
+        set_oom_score_adj(child.id(), 777).unwrap();
+        let path = format!("/proc/{}/oom_score_adj", child.id());
+        assert_eq!(std::fs::read_to_string(path).unwrap().trim(), "777");
+        assert!(set_oom_score_adj(child.id(), 1001).is_err());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(set_oom_score_adj(child.id(), 0).is_err(), "it has ended");
     }
 }

@@ -5,17 +5,20 @@
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;
+use crate::rootfs;
 
 const RECORD: &str = "processes.json";
 /// How long a killed process may take to disappear.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How often others may remove the namespace's directory while it is being used.
+const CREATE_ATTEMPTS: u32 = 1000;
 
 /// Who belongs to the sandbox.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,10 +46,24 @@ impl RunDir {
     /// Makes the directory, or opens the one that `start` made.
     pub(crate) fn create(run_dir: &Path, namespace: &str, id: &str) -> io::Result<Self> {
         let path = Self::path_of(run_dir, namespace, id);
-        DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
-        std::fs::set_permissions(&path, Permissions::from_mode(0o700))?;
-        let dir = File::open(&path)?;
-        Ok(Self { path, dir })
+        let make = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+            std::fs::set_permissions(&path, Permissions::from_mode(0o700))?;
+            Self::open(&path)
+        };
+        // Another sandbox that ends removes the namespace's directory when it finds it empty,
+        // and that may be just before ours is made in it.
+        for _ in 1..CREATE_ATTEMPTS {
+            match make() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => return other,
+            }
+        }
+        make()
+    }
+
+    fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.into(), dir: File::open(path)? })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -71,9 +88,100 @@ impl RunDir {
         std::fs::rename(temporary, self.file(RECORD))
     }
 
+    /// Removes this very directory, and what goes with it. A shim that ends late finds its
+    /// successor's (the same id was started meanwhile), and leaves that alone.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        remove(&self.path)
+        if self.is_taken_over() {
+            return Ok(());
+        }
+        for (layer, target) in layers_in(&self.contents()) {
+            if layer == Layer::Ephemeral {
+                rootfs::discard(&target);
+            }
+        }
+        // Through the descriptor: never another directory of the same name.
+        for entry in std::fs::read_dir(self.contents())? {
+            let entry = entry?;
+            let removed = match entry.file_type()?.is_dir() {
+                true => std::fs::remove_dir_all(entry.path()),
+                false => std::fs::remove_file(entry.path()),
+            };
+            gone(removed)?;
+        }
+        if self.is_current()? {
+            gone(std::fs::remove_dir(&self.path))?;
+        }
+        remove_namespace(&self.path);
+        Ok(())
     }
+
+    fn contents(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.dir.as_raw_fd()).into()
+    }
+
+    /// Whether the path still names the directory that was opened.
+    fn is_current(&self) -> io::Result<bool> {
+        let ours = self.dir.metadata()?;
+        let named = std::fs::symlink_metadata(&self.path);
+        Ok(named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
+    }
+
+    /// Whether another shim lives in it now.
+    fn is_taken_over(&self) -> bool {
+        let shim = read(&self.contents()).shim;
+        shim.is_some_and(|shim| shim.pid != std::process::id() && shim.is_alive())
+    }
+}
+
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The namespace's directory goes with its last sandbox; others may be in it.
+fn remove_namespace(path: &Path) {
+    if let Some(parent) = path.parent() {
+        let _ = std::fs::remove_dir(parent);
+    }
+}
+
+/// A writable layer's directory, noted before anything is made in it, so that `delete` can
+/// clean up there after a killed shim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layer {
+    /// The rootfs snapshot's or the root directory's.
+    Lasting,
+    /// Goes with the run-time directory.
+    Ephemeral,
+}
+
+impl Layer {
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Lasting => "layer-",
+            Self::Ephemeral => "ephemeral-",
+        }
+    }
+}
+
+/// Notes the layer of container `id`: a symbolic link, which is made at once or not at all.
+pub(crate) fn note_layer(run_dir: &Path, layer: Layer, id: &str, target: &Path) -> io::Result<()> {
+    let link = run_dir.join(format!("{}{id}", layer.prefix()));
+    gone(std::fs::remove_file(&link))?;
+    std::os::unix::fs::symlink(target, link)
+}
+
+/// The layers noted in the run-time directory `path`.
+fn layers_in(path: &Path) -> Vec<(Layer, PathBuf)> {
+    let noted = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        let is = |layer: &Layer| name.as_encoded_bytes().starts_with(layer.prefix().as_bytes());
+        let layer = [Layer::Lasting, Layer::Ephemeral].into_iter().find(is)?;
+        Some((layer, std::fs::read_link(entry.path()).ok()?))
+    };
+    std::fs::read_dir(path).into_iter().flatten().flatten().filter_map(noted).collect()
 }
 
 fn read(path: &Path) -> Record {
@@ -85,21 +193,9 @@ fn read(path: &Path) -> Record {
         .unwrap_or_default()
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => {
-            // The namespace's directory goes with its last sandbox; others may be in it.
-            if let Some(parent) = path.parent() {
-                let _ = std::fs::remove_dir(parent);
-            }
-            Ok(())
-        }
-    }
-}
-
-/// Ends everything that the record of `path` names and removes the directory. Returns the
-/// record and what could not be done. Works in any state, also when nothing is left.
+/// Ends everything that the record of `path` names, sweeps the layers noted there and
+/// removes the directory. Returns the record and what could not be done. Works in any
+/// state, also when nothing is left.
 pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
     let record = read(path);
     let mut problems = Vec::new();
@@ -111,8 +207,13 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
             problems.push(format!("{name} process {}: kill: {error}", process.pid));
         }
     }
-    if let Err(error) = remove(path) {
-        problems.push(format!("run-time directory {}: remove: {error}", path.display()));
+    for (_, layer) in layers_in(path) {
+        rootfs::sweep_layer(&layer);
+    }
+    match RunDir::open(path).and_then(|dir| dir.remove()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => remove_namespace(path),
+        Err(error) => problems.push(format!("run-time directory {}: remove: {error}", path.display())),
+        Ok(()) => {}
     }
     (record, problems)
 }
@@ -163,5 +264,69 @@ mod tests {
         std::fs::write(dir.file(RECORD), b"{\"shim\":").unwrap();
         assert_eq!(reclaim(dir.path()).1, Vec::<String>::new());
         assert!(!dir.path().exists());
+    }
+
+    #[test]
+    fn sandboxes_begin_while_others_end_in_the_same_namespace() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for id in ["a", "b", "c", "d"] {
+                let root = root.path();
+                scope.spawn(move || {
+                    for _ in 0..500 {
+                        let dir = RunDir::create(root, "default", id).unwrap();
+                        dir.record(|record| record.address = Some(id.into())).unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
+        assert!(!root.path().join("default").exists());
+    }
+
+    #[test]
+    fn a_late_end_leaves_the_successor_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let first = RunDir::create(root.path(), "default", "web").unwrap();
+        std::fs::remove_dir_all(first.path()).unwrap();
+        let second = RunDir::create(root.path(), "default", "web").unwrap();
+        std::fs::write(second.file("vsock.sock"), b"").unwrap();
+        first.remove().unwrap();
+        assert!(second.file("vsock.sock").exists(), "another directory");
+        // Or it found the first one's directory and uses that.
+        let mut shim = Command::new("sleep").arg("1000").spawn().unwrap();
+        let id = ProcessId::of(shim.id()).unwrap();
+        second.record(|record| record.shim = Some(id)).unwrap();
+        RunDir::create(root.path(), "default", "web").unwrap().remove().unwrap();
+        assert!(second.file("vsock.sock").exists(), "the same directory");
+        shim.kill().unwrap();
+        shim.wait().unwrap();
+        second.remove().unwrap();
+        assert!(!second.path().exists());
+    }
+
+    #[test]
+    fn what_a_sandbox_noted_goes_with_its_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let (view, snapshot) = (root.path().join("view"), root.path().join("snapshot"));
+        for clean_end in [true, false] {
+            let dir = RunDir::create(root.path(), "default", "web").unwrap();
+            for target in [&view, &snapshot] {
+                std::fs::create_dir_all(target).unwrap();
+                std::fs::write(target.join(".tmp-1-1-1-1-0-x"), b"").unwrap();
+                std::fs::write(target.join("writable.ext4"), b"").unwrap();
+            }
+            for _ in 0..2 {
+                note_layer(dir.path(), Layer::Ephemeral, "web", &view).unwrap();
+                note_layer(dir.path(), Layer::Lasting, "other", &snapshot).unwrap();
+            }
+            match clean_end {
+                true => dir.remove().unwrap(),
+                false => assert_eq!(reclaim(dir.path()).1, Vec::<String>::new()),
+            }
+            assert!(!dir.path().exists() && !view.exists());
+            assert!(snapshot.join("writable.ext4").exists(), "user data");
+            assert_eq!(snapshot.join(".tmp-1-1-1-1-0-x").exists(), clean_end, "delete sweeps");
+        }
     }
 }

@@ -4,10 +4,11 @@
 //! Creation runs in a task of its own: a caller that goes away (containerd's deadline) does
 //! not leave half a sandbox; `Shutdown` abandons it.
 
+mod end;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
@@ -18,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::bundle::Bundle;
 use crate::config::Config;
-use crate::container::{Container, Exit, Parts, with_vm};
+use crate::container::{Container, Parts, with_vm};
 use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestRootfs};
@@ -27,7 +28,7 @@ use crate::io::{Fifos, Stdio, Streams};
 use crate::process::ProcessId;
 use crate::rootfs;
 use crate::rundir::RunDir;
-use crate::timeline::{self, Timeline};
+use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
 
 /// Runtime options that Spore's callers send; nothing in them changes what a VM does yet.
@@ -203,6 +204,7 @@ impl Sandbox {
         making.dir = Some(Arc::clone(&dir));
         let vm = Arc::new(Vm::spawn(config, &machine, Arc::clone(&dir), log.clone())?);
         making.vm = Some(Arc::clone(&vm));
+        vm.set_oom_score_adj(&bundle.guest_spec);
         self.mark("vmm_spawned_ns");
         let holder = Holder::spawn(&bundle.network)?;
         let processes = (vm.id(), holder.id());
@@ -270,111 +272,9 @@ impl Sandbox {
         Ok(container.pid)
     }
 
-    /// Deletes the container; with the last one the VM goes.
-    pub(crate) async fn delete(self: &Arc<Self>, id: &str) -> Result<(u32, Exit), Error> {
-        let container = self.container(id)?;
-        let exit = container.delete().await?;
-        let last = {
-            let mut slots = lock(&self.slots);
-            slots.remove(id);
-            slots.is_empty()
-        };
-        if last {
-            // The answer does not wait for the host to take the VM's memory back.
-            let (this, vm) = (Arc::clone(self), Arc::clone(&container.vm));
-            *lock(&self.reclaiming) = Some(tokio::spawn(async move { this.reclaim(&vm).await }));
-        }
-        Ok((container.pid, exit))
-    }
-
-    /// Whether the shim may end: nothing is left and nothing new may come.
-    pub(crate) async fn close(&self) -> bool {
-        if lock(&self.slots).values().any(|slot| matches!(slot, Slot::Ready(_))) {
-            return false;
-        }
-        self.closing.send_replace(true);
-        loop {
-            let created = self.created.notified();
-            tokio::pin!(created);
-            created.as_mut().enable();
-            if lock(&self.slots).is_empty() {
-                break;
-            }
-            created.await;
-        }
-        true
-    }
-
-    /// Ends everything, whatever runs: the shim was told to go (SIGTERM).
-    pub(crate) async fn abandon(self: &Arc<Self>) {
-        if self.close().await {
-            return;
-        }
-        let containers: Vec<Arc<Container>> = lock(&self.slots)
-            .values()
-            .filter_map(|slot| match slot {
-                Slot::Ready(container) => Some(Arc::clone(container)),
-                Slot::Creating => None,
-            })
-            .collect();
-        for container in containers {
-            container.vm.kill().await;
-            let _ = tokio::time::timeout(Duration::from_secs(5), container.wait()).await;
-            if let Err(error) = self.delete(&container.id).await {
-                warn!(self.context.log, "delete at shutdown"; "task" => &container.id, "error" => %error);
-            }
-        }
-    }
-
-    /// Waits until the VM of deleted containers is gone.
-    pub(crate) async fn reclaimed(&self) {
-        let reclaiming = lock(&self.reclaiming).take();
-        if let Some(reclaiming) = reclaiming {
-            let _ = reclaiming.await;
-        }
-    }
-
-    async fn reclaim(&self, vm: &Vm) {
-        self.write_timeline(vm).await;
-        vm.kill().await;
-        let config = &self.context.config;
-        match RunDir::create(&config.run_dir, &self.context.namespace, &self.context.id) {
-            Ok(dir) => self.remove_dir(&dir),
-            Err(error) => warn!(self.context.log, "run-time directory"; "error" => %error),
-        }
-    }
-
-    fn remove_dir(&self, dir: &RunDir) {
-        if let Err(error) = dir.remove() {
-            let path = dir.path().display().to_string();
-            warn!(self.context.log, "run-time directory not removed"; "path" => path, "error" => %error);
-        }
-    }
-
     fn mark(&self, event: &'static str) {
         if self.context.config.timeline.is_some() {
             lock(&self.timeline).mark(event);
-        }
-    }
-
-    async fn write_timeline(&self, vm: &Vm) {
-        let Some(path) = &self.context.config.timeline else { return };
-        let mut timeline = std::mem::take(&mut *lock(&self.timeline));
-        timeline.set("id", self.context.id.clone());
-        if !vm.has_ended()
-            && let Ok(metrics) = vm.metrics().await
-        {
-            timeline.set("kernel_entry_ns", metrics.boot.entered_ns);
-        }
-        if let Some(kib) = timeline::rss_kib(std::process::id()) {
-            timeline.set("shim_rss_kib", kib);
-        }
-        if let Some((own, guest)) = timeline::vmm_rss_kib(vm.id().pid, vm.machine().memory_mib) {
-            timeline.set("vmm_rss_kib", own);
-            timeline.set("guest_rss_kib", guest);
-        }
-        if let Err(error) = timeline.write(path) {
-            warn!(self.context.log, "timeline not written"; "path" => %path.display(), "error" => %error);
         }
     }
 }

@@ -48,6 +48,9 @@ pub(crate) fn main(flags: &Flags) -> Result<(), ServeError> {
     process::limit_heap_arenas();
     let config = Config::load()?;
     let (log, handle) = logging::open(&flags.namespace, &flags.id, flags.debug || config.debug);
+    if let Err(error) = process::raise_oom_score_adj() {
+        warn!(log, "the shim's OOM score stays containerd's"; "error" => %error);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)

@@ -1,5 +1,8 @@
 //! The Task service (containerd.task.v2 and v3): decodes, delegates to the sandbox, encodes.
 //! The messages of both versions are the same on the wire, so one table serves both.
+//!
+//! ttrpc drops a handler half-way when its client goes away or its deadline passes, so whatever
+//! changes a container's state runs in a task of its own, to its end.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -55,6 +58,17 @@ impl TaskService {
     }
 }
 
+/// Runs work to its end even if the caller does not wait for it.
+async fn to_the_end<T: Send + 'static>(
+    operation: &'static str,
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(ttrpc::Error::Others(format!("{operation}: cut short in the shim: {error}"))),
+    }
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -68,7 +82,8 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         self.init(&request.id, &request.exec_id)?;
-        let pid = self.sandbox.start(&request.id).await?;
+        let sandbox = Arc::clone(&self.sandbox);
+        let pid = to_the_end("start", async move { sandbox.start(&request.id).await }).await?;
         // After the answer is on its way.
         tokio::spawn(async { crate::process::trim_memory() });
         Ok(StartResponse { pid, ..Default::default() })
@@ -76,7 +91,8 @@ impl Task for TaskService {
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let container = self.init(&request.id, &request.exec_id)?;
-        let status = container.status().await;
+        // The status first: a stopped container has its exit.
+        let status = container.status();
         let exit = container.exited();
         Ok(StateResponse {
             id: container.id.clone(),
@@ -102,13 +118,14 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.init(&request.id, &request.exec_id)?;
-        container.kill(request.signal, request.all).await?;
+        to_the_end("kill", async move { container.kill(request.signal, request.all).await }).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         self.init(&request.id, &request.exec_id)?;
-        let (pid, exit) = self.sandbox.delete(&request.id).await?;
+        let sandbox = Arc::clone(&self.sandbox);
+        let (pid, exit) = to_the_end("delete", async move { sandbox.delete(&request.id).await }).await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -138,10 +155,14 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.sandbox.close().await {
-            self.done.notify_one();
-        }
-        Ok(Empty::new())
+        let (sandbox, done) = (Arc::clone(&self.sandbox), Arc::clone(&self.done));
+        to_the_end("shutdown", async move {
+            if sandbox.close().await {
+                done.notify_one();
+            }
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {

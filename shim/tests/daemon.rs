@@ -7,237 +7,29 @@
 mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest,
-    KillRequest, PauseRequest, PidsRequest, ShutdownRequest, StartRequest, StateRequest, Status, WaitRequest,
+    CloseIORequest, ConnectRequest, CreateTaskRequest, KillRequest, PauseRequest, PidsRequest,
+    ShutdownRequest, StateRequest, Status, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
-use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
+use nix::sys::signal::Signal;
 use protobuf::Message;
-use serde_json::json;
-use tokio::sync::mpsc;
 use ttrpc::Code;
-use ttrpc::r#async::{Client, Server, TtrpcContext};
-use ttrpc::context::Context;
+use ttrpc::r#async::Client;
 
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-spore-v2");
-const DEADLINE: Duration = Duration::from_secs(60);
+use support::host::{
+    DEADLINE, Host, SHIM, code, ctx, delete_request, is_zombie, oom_score_adj, send_signal, start_request,
+    wait_request,
+};
 
 /// Not a test: the process that the shim starts as its VMM.
 #[test]
 #[ignore = "the fake VMM, started by the shim under test"]
 fn fake_vmm() {
     support::fake_vmm();
-}
-
-struct Containerd(mpsc::UnboundedSender<(String, Vec<u8>)>);
-
-#[async_trait]
-impl Events for Containerd {
-    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let envelope = request.envelope.unwrap();
-        assert_eq!(envelope.namespace, "test");
-        let _ = self.0.send((envelope.topic, envelope.event.unwrap().value));
-        Ok(Empty::new())
-    }
-}
-
-/// One bundle with its own directories and a containerd that only listens.
-struct Host {
-    dir: tempfile::TempDir,
-    id: String,
-    events: mpsc::UnboundedReceiver<(String, Vec<u8>)>,
-    _server: Server,
-}
-
-impl Host {
-    async fn new(id: &str) -> Self {
-        Self::with_config(id, "").await
-    }
-
-    async fn with_config(id: &str, config: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        for name in ["bundle", "root/etc"] {
-            std::fs::create_dir_all(at(name)).unwrap();
-        }
-        std::fs::write(at("root/etc/motd"), b"hello").unwrap();
-        for name in ["kernel", "initramfs"] {
-            std::fs::write(at(name), b"not empty").unwrap();
-        }
-        let script = format!(
-            "#!/bin/bash\nexport TMPDIR={}\neval \"exec 0<&$2 $2<&-\"\nexec {} --ignored --exact fake_vmm --nocapture >/dev/null\n",
-            dir.path().display(),
-            std::env::current_exe().unwrap().display()
-        );
-        std::fs::write(at("vmm"), script).unwrap();
-        std::fs::set_permissions(at("vmm"), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let text = format!(
-            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nstate_dir = {:?}\nrun_dir = {:?}\nwritable_size_mib = 64\ntimeline = {:?}\n{config}\n",
-            at("kernel"),
-            at("initramfs"),
-            at("vmm"),
-            at("state"),
-            at("run"),
-            at("timeline"),
-        );
-        std::fs::write(at("config.toml"), text).unwrap();
-        nix::unistd::mkfifo(&at("bundle/log"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let (sender, events) = mpsc::unbounded_channel();
-        let mut server = Server::new()
-            .bind(&format!("unix://{}", at("ttrpc").display()))
-            .unwrap()
-            .register_service(create_events(Arc::new(Containerd(sender))));
-        server.start().await.unwrap();
-        let host = Self { dir, id: id.into(), events, _server: server };
-        host.write_spec(&["/bin/true"]);
-        host
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write_spec(&self, args: &[&str]) {
-        let spec = json!({
-            "ociVersion": "1.0.2",
-            "process": { "args": args, "cwd": "/", "user": { "uid": 0, "gid": 0 } },
-            "root": { "path": self.path("root") },
-            "linux": { "namespaces": [{ "type": "network" }, { "type": "pid" }] },
-        });
-        std::fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
-    }
-
-    fn command(&self, action: &str) -> Output {
-        Command::new(SHIM)
-            .args(["-namespace", "test", "-id", &self.id, "-address"])
-            .arg(self.path("containerd.sock"))
-            .arg(action)
-            .current_dir(self.path("bundle"))
-            .env("SPORE_CONFIG", self.path("config.toml"))
-            .env("TTRPC_ADDRESS", self.path("ttrpc"))
-            .env("MAX_SHIM_VERSION", "2")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    /// `start`, then a connection to the address that it answers.
-    async fn start(&self) -> TaskClient {
-        let output = self.command("start");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(output.stderr, b"", "containerd would take it for a part of the answer");
-        let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!((answer["version"].as_u64(), answer["protocol"].as_str()), (Some(2), Some("ttrpc")));
-        let address = answer["address"].as_str().unwrap();
-        assert_eq!(std::fs::read_to_string(self.path("bundle/address")).unwrap(), address);
-        TaskClient::new(Client::connect(address).await.unwrap())
-    }
-
-    fn request(&self) -> CreateTaskRequest {
-        CreateTaskRequest {
-            id: self.id.clone(),
-            bundle: self.path("bundle").display().to_string(),
-            ..Default::default()
-        }
-    }
-
-    fn fifo(&self, name: &str) -> String {
-        let path = self.path(name);
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        path.display().to_string()
-    }
-
-    async fn topics(&mut self, count: usize) -> Vec<String> {
-        let mut topics = Vec::new();
-        while topics.len() < count {
-            topics.push(tokio::time::timeout(DEADLINE, self.events.recv()).await.unwrap().unwrap().0);
-        }
-        topics
-    }
-
-    fn delete(&self) -> DeleteResponse {
-        let output = self.command("delete");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
-        DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
-    }
-
-    /// Nothing of the sandbox is left but what belongs to the root directory.
-    fn assert_clean(&self, address: &str) {
-        assert!(!self.path("run/test").exists(), "run-time directory");
-        assert!(!Path::new(address.trim_start_matches("unix://")).exists(), "socket");
-        let ours = self.dir.path().display().to_string();
-        let until = Instant::now() + DEADLINE;
-        loop {
-            let left = processes_with(&ours);
-            if left.is_empty() {
-                break;
-            }
-            assert!(Instant::now() < until, "processes left: {left:?}");
-            std::thread::yield_now();
-        }
-        let temporary = |dir: &str| {
-            let entries = std::fs::read_dir(self.path(dir)).into_iter().flatten().flatten();
-            entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b".tmp")).count()
-        };
-        assert_eq!((temporary("state/golden"), temporary("state/images")), (0, 0));
-    }
-
-    fn address(&self) -> String {
-        std::fs::read_to_string(self.path("bundle/address")).unwrap()
-    }
-}
-
-impl Drop for Host {
-    /// A failed test leaves no shim behind.
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let output = self.command("delete");
-            eprintln!("delete: {}", String::from_utf8_lossy(&output.stderr));
-        }
-    }
-}
-
-/// Processes whose command line or environment names `text`, ourselves left out.
-fn processes_with(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        let all = [String::from_utf8_lossy(&command), String::from_utf8_lossy(&environment)].join(" ");
-        if pid != std::process::id() && all.contains(text) {
-            found.push(format!("{pid}: {}", String::from_utf8_lossy(&command).replace('\0', " ")));
-        }
-    }
-    found
-}
-
-fn start_request(host: &Host) -> StartRequest {
-    StartRequest { id: host.id.clone(), ..Default::default() }
-}
-
-fn delete_request(host: &Host) -> DeleteRequest {
-    DeleteRequest { id: host.id.clone(), ..Default::default() }
-}
-
-fn ctx() -> Context {
-    ttrpc::context::with_duration(DEADLINE)
-}
-
-fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
-    match result.unwrap_err() {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_string()),
-        other => panic!("{other:?}"),
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -295,6 +87,8 @@ async fn a_container_lives_and_ends_as_containerd_expects() {
         .map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap())
         .sum();
     println!("shim resident: {rss} KiB");
+    assert_eq!(oom_score_adj(connect.shim_pid), (oom_score_adj(std::process::id()) + 1).min(1000));
+    assert_eq!(oom_score_adj(host.recorded_pid("vmm")), 321, "the spec's");
 
     std::fs::File::options()
         .write(true)
@@ -348,13 +142,10 @@ async fn a_container_lives_and_ends_as_containerd_expects() {
     let times: Vec<u64> =
         order.iter().map(|key| line[key].as_u64().unwrap_or_else(|| panic!("{key}: {line}"))).collect();
     assert!(times.is_sorted(), "{line}");
+    assert_eq!(line["agent_boot_ns"], 4, "{line}");
     for key in ["rootfs_ready_ns", "kernel_entry_ns", "shim_rss_kib", "vmm_rss_kib", "guest_rss_kib"] {
         assert!(line[key].is_u64(), "{key}: {line}");
     }
-}
-
-fn is_zombie(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -365,8 +156,7 @@ async fn a_second_task_reuses_the_writable_layer_and_v2_is_served_as_well() {
         let task = host.start().await;
         task.create(ctx(), &host.request()).await.unwrap();
         task.start(ctx(), &start_request(&host)).await.unwrap();
-        let wait =
-            task.wait(ctx(), &WaitRequest { id: host.id.clone(), ..Default::default() }).await.unwrap();
+        let wait = task.wait(ctx(), &wait_request(&host)).await.unwrap();
         assert_eq!(wait.exit_status, 0);
         task.delete(ctx(), &delete_request(&host)).await.unwrap();
         let names: Vec<_> =
@@ -405,11 +195,8 @@ async fn a_killed_vmm_ends_the_task_with_137() {
     let task = host.start().await;
     task.create(ctx(), &host.request()).await.unwrap();
     task.start(ctx(), &start_request(&host)).await.unwrap();
-    let record = std::fs::read_to_string(host.path("run/test/vmmkill/processes.json")).unwrap();
-    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
-    let vmm = i32::try_from(record["vmm"]["pid"].as_i64().unwrap()).unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(vmm), nix::sys::signal::Signal::SIGKILL).unwrap();
-    let wait = task.wait(ctx(), &WaitRequest { id: host.id.clone(), ..Default::default() }).await.unwrap();
+    send_signal(host.recorded_pid("vmm"), Signal::SIGKILL);
+    let wait = task.wait(ctx(), &wait_request(&host)).await.unwrap();
     assert_eq!(wait.exit_status, 137);
     assert_eq!(host.topics(2).await, ["/tasks/create", "/tasks/start"]);
     let (topic, event) = tokio::time::timeout(DEADLINE, host.events.recv()).await.unwrap().unwrap();
@@ -431,8 +218,7 @@ async fn delete_reclaims_what_a_killed_shim_left() {
     task.start(ctx(), &start_request(&host)).await.unwrap();
     let connect =
         task.connect(ctx(), &ConnectRequest { id: host.id.clone(), ..Default::default() }).await.unwrap();
-    let shim = nix::unistd::Pid::from_raw(i32::try_from(connect.shim_pid).unwrap());
-    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
+    send_signal(connect.shim_pid, Signal::SIGKILL);
     let response = host.delete();
     assert_eq!((response.exit_status, response.pid), (137, created.pid));
     assert!(response.exited_at.seconds > 0);
@@ -503,7 +289,7 @@ async fn a_created_task_can_be_deleted_and_signals_are_128_plus_n() {
     task.start(ctx(), &start_request(&host)).await.unwrap();
     let kill = KillRequest { id: host.id.clone(), signal: 15, ..Default::default() };
     task.kill(ctx(), &kill).await.unwrap();
-    let wait = task.wait(ctx(), &WaitRequest { id: host.id.clone(), ..Default::default() }).await.unwrap();
+    let wait = task.wait(ctx(), &wait_request(&host)).await.unwrap();
     assert_eq!(wait.exit_status, 143);
     task.delete(ctx(), &delete_request(&host)).await.unwrap();
     task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();

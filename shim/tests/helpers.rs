@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
 const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-spore-v2");
@@ -19,8 +20,17 @@ struct Layers {
     dir: tempfile::TempDir,
 }
 
+/// Every mount of a test stays its own, and goes with it however it ends: the developer's
+/// mounts are none of its business. Of this thread and what it starts.
+fn leave_the_hosts_mounts() {
+    let none: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+}
+
 impl Layers {
     fn new() -> Self {
+        leave_the_hosts_mounts();
         let dir = tempfile::tempdir().unwrap();
         let layers = Self { dir };
         for name in ["1/fs/etc", "1/fs/opaque", "2/fs", "2/work", "3/fs", "3/work", "images", "merged"] {
@@ -114,7 +124,7 @@ fn mounted<T>(image: &Path, look: impl FnOnce(&Path) -> T) -> T {
 }
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     text.lines().filter(|line| line.contains(&dir.display().to_string())).map(String::from).collect()
 }
 
@@ -234,6 +244,76 @@ fn a_full_disk_and_a_missing_layer_are_told_and_leave_nothing() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && text.contains("mount the overlay of 3 layers"), "{text}");
     assert_eq!(layers.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn the_tests_mounts_are_not_the_hosts() {
+    let layers = Layers::new();
+    let point = layers.path("merged");
+    mount(Some("tmpfs"), &point, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    assert_eq!(mounts_below(layers.dir.path()).len(), 1);
+    // The process has left its first thread where it was.
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!text.contains(&point.display().to_string()));
+    umount2(&point, MntFlags::empty()).unwrap();
+}
+
+/// An image whose superblock says that it was changed is made again.
+#[test]
+fn a_damaged_image_is_replaced() {
+    let layers = Layers::new();
+    let job = layers.job("one.erofs");
+    assert!(build(&job).status.success());
+    let image = layers.path("images/one.erofs");
+    let sound = std::fs::read(&image).unwrap();
+    let mut damaged = sound.clone();
+    damaged[1024 + 64] ^= 1;
+    std::fs::write(&image, damaged).unwrap();
+    assert!(build(&job).status.success());
+    assert!(std::fs::read(&image).unwrap() == sound);
+}
+
+#[test]
+fn delete_takes_away_what_a_shim_killed_while_preparing_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let dead = ".tmp-4194303-1-4194303-1-0-x.erofs";
+    let dirs =
+        ["state/images", "state/golden", "state/writable/key", "snapshot/spore", "bundle", "run/test/web"];
+    for name in dirs.into_iter().chain(["state/ephemeral/test/web"]) {
+        std::fs::create_dir_all(at(name)).unwrap();
+        for file in [dead, ".lock-x.erofs"] {
+            std::fs::write(at(name).join(file), b"").unwrap();
+        }
+    }
+    for name in ["snapshot/spore", "state/ephemeral/test/web"] {
+        std::fs::write(at(name).join("writable.ext4"), b"").unwrap();
+    }
+    symlink(at("snapshot/spore"), at("run/test/web/layer-web")).unwrap();
+    symlink(at("state/ephemeral/test/web"), at("run/test/web/ephemeral-web")).unwrap();
+    let config = format!("state_dir = {:?}\nrun_dir = {:?}\n", at("state"), at("run"));
+    std::fs::write(at("config.toml"), config).unwrap();
+    let output = Command::new(SHIM)
+        .args(["-namespace", "test", "-id", "web", "-address"])
+        .arg(at("containerd.sock"))
+        .arg("-bundle")
+        .arg(at("bundle"))
+        .arg("delete")
+        .env("SPORE_CONFIG", at("config.toml"))
+        .current_dir(at("bundle"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let names = |name: &str| {
+        let entries = std::fs::read_dir(at(name)).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().into_string().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("snapshot/spore"), ["writable.ext4"], "the layer itself is user data");
+    for gone in ["state/writable", "state/images", "state/golden", "state/ephemeral/test"] {
+        assert_eq!(names(gone), Vec::<String>::new(), "{gone}");
+    }
+    assert!(!at("run/test").exists());
 }
 
 #[test]

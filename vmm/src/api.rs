@@ -56,11 +56,13 @@ pub enum Call {
     Boot,
     /// Put a disk into a free slot of the right kind, before or after `Boot`.
     AttachDisk(DiskConfig),
-    /// Bring the VM to a quiescent point: vCPUs out of KVM_RUN, no request in flight.
+    /// Bring the VM to a quiescent point: vCPUs out of KVM_RUN, no request in flight. Until
+    /// `Resume` no device does any work: requests, bytes for the guest and clients wait.
     Pause,
     /// Continue after `Pause`.
     Resume,
-    /// Press the power button; after `deadline_ms` milliseconds end the VM by force.
+    /// Press the power button; after `deadline_ms` milliseconds end the VM by force. 0 ends it by
+    /// force at once, in any state and without the button.
     Shutdown { deadline_ms: u64 },
     /// Report the life-cycle state.
     State,
@@ -183,7 +185,7 @@ pub struct AttachedDisk {
 }
 
 /// A refusal or a fault. The VM is as it was before the call, unless `code` is
-/// [`FailureCode::Fatal`].
+/// [`FailureCode::Fatal`] or [`FailureCode::Ended`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -207,6 +209,8 @@ pub enum FailureCode {
     BadImage,
     /// The VM is lost; an [`Event::Ended`] follows.
     Fatal,
+    /// The guest has ended already; the reason follows as [`Event::Ended`].
+    Ended,
 }
 
 /// The life cycle of a VM.
@@ -246,7 +250,7 @@ pub enum EndReason {
     TripleFault { vcpu: u8, registers: String },
     /// KVM or the VMM failed.
     InternalError { vcpu: Option<u8>, detail: String, registers: Option<String> },
-    /// The guest ignored the power button until the deadline.
+    /// The guest ignored the power button until the deadline, or the deadline was 0.
     Forced,
 }
 
@@ -259,7 +263,8 @@ pub struct Metrics {
     pub blk: Vec<BlkMetrics>,
     pub vsock: VsockMetrics,
     pub console_bytes: u64,
-    /// Bytes of console output that the cap dropped.
+    /// Bytes of console output that were dropped: beyond the cap, or because what they go to took
+    /// nothing for too long.
     pub console_dropped: u64,
 }
 

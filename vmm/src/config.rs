@@ -43,6 +43,8 @@ pub enum ConfigError {
     Kind { what: String, found: String, needed: &'static str },
     #[error("{what}: the descriptor is not open for {needed}")]
     Mode { what: String, needed: &'static str },
+    #[error("{what}: the descriptor is open for appending (O_APPEND), which ignores where a write belongs")]
+    Append { what: String },
     #[error("{what}: the descriptor cannot be examined: {source}")]
     Examine { what: String, source: nix::Error },
     #[error(transparent)]
@@ -175,6 +177,9 @@ fn take_disk(fds: &mut FdTable, disk: &DiskConfig, what: &str) -> Result<Disk, C
     let fd = fds.take(disk.file, what)?;
     check_kind(fd.as_fd(), what, &[SFlag::S_IFREG, SFlag::S_IFBLK], "a regular file or a block device")?;
     check_mode(fd.as_fd(), what, true, !disk.read_only)?;
+    if !disk.read_only {
+        check_positioned(fd.as_fd(), what)?;
+    }
     Ok(Disk { file: File::from(fd), read_only: disk.read_only })
 }
 
@@ -251,6 +256,16 @@ fn check_mode(fd: BorrowedFd<'_>, what: &str, read: bool, write: bool) -> Result
         _ => "reading",
     };
     Err(ConfigError::Mode { what: what.to_owned(), needed })
+}
+
+/// pwrite(2) on a descriptor opened with O_APPEND writes at the file's end, whatever the offset.
+fn check_positioned(fd: BorrowedFd<'_>, what: &str) -> Result<(), ConfigError> {
+    let examine = |source| ConfigError::Examine { what: what.to_owned(), source };
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL).map_err(examine)?);
+    if flags.contains(OFlag::O_APPEND) {
+        return Err(ConfigError::Append { what: what.to_owned() });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub fn error(component: &str, message: fmt::Arguments<'_>) {
 }
 
 /// A warning that the guest can provoke at will: the 1st, 2nd, 4th, 8th … occurrence is
-/// logged, with the count.
+/// logged, with the count. One for each kind of warning: what shares one hides each other.
 #[derive(Debug, Default)]
 pub struct Limited(AtomicU64);
 

@@ -29,3 +29,7 @@ pub const STDIO_PORT: u32 = 1025;
 pub const READY_PORT: u32 = 1024;
 /// Largest OCI spec in bytes.
 pub const MAX_SPEC: usize = 4 * 1024 * 1024;
+/// File systems that a container may mount; each is the guest kernel's own. No devtmpfs: it
+/// would show the guest's own disks, and a container's `/dev` is a tmpfs.
+pub const MOUNT_TYPES: [&str; 8] =
+    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];

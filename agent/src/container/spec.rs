@@ -7,13 +7,10 @@
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, RootBuilder, Spec};
-use spore_agent_api::MAX_SPEC;
+use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
 use crate::error::{AgentError, Result};
-
-/// File systems that a container may mount; each is the guest kernel's own.
-const MOUNT_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];
 
 /// A spec ready for libcontainer, and what the agent itself needs of it.
 #[derive(Debug)]

@@ -68,6 +68,16 @@ fn bind_mounts_and_unknown_types_are_refused_by_name() {
 }
 
 #[test]
+fn every_type_of_the_common_list_is_accepted() {
+    let mut config = config();
+    let mounts = MOUNT_TYPES.map(|kind| json!({ "destination": format!("/m/{kind}"), "type": kind }));
+    config["mounts"] = json!(mounts);
+    assert_eq!(run(&config).unwrap().spec.mounts().as_ref().unwrap().len(), MOUNT_TYPES.len());
+    config["mounts"][0]["type"] = json!("devtmpfs");
+    assert!(refusal(&config).contains("unknown type \"devtmpfs\""));
+}
+
+#[test]
 fn paths_and_hooks_of_the_host_are_refused() {
     let mut bad = config();
     bad["linux"]["namespaces"][2]["path"] = json!("/var/run/netns/cni");

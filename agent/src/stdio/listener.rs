@@ -15,7 +15,7 @@ use crate::vsock::VsockListener;
 /// A peer that has connected says its hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Serves for ever.
+/// Serves until the socket does not listen any more, which nothing short of a fault brings about.
 pub async fn serve(listener: VsockListener, streams: Arc<Streams>) -> io::Error {
     loop {
         match listener.accept().await {

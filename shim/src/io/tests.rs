@@ -109,9 +109,29 @@ async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
     let writer = tokio::spawn(async move {
         let _ = guest.write_all(&vec![0; 4 << 20]).await;
     });
-    assert!(!streams.settle(Duration::from_millis(200)).await, "no progress");
+    assert!(!streams.settle(Duration::from_millis(200), DEADLINE).await, "no progress");
     assert!(!streams.drain(Duration::from_millis(200)).await);
     writer.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_that_writes_for_ever_delays_the_exit_only_until_the_cap() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdout");
+    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, mut guest) = UnixStream::pair().unwrap();
+    let (from_guest, to_guest) = shim.into_split();
+    let streams = Streams::new(&log());
+    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let reader =
+        std::thread::spawn(move || std::io::copy(&mut File::open(path).unwrap(), &mut std::io::sink()));
+    let writer = tokio::spawn(async move { while guest.write_all(&[0; 4096]).await.is_ok() {} });
+    assert!(!streams.settle(DEADLINE, Duration::from_millis(200)).await, "there is no end");
+    assert!(streams.progress.load(Ordering::Relaxed) > 0, "it was read all the time");
+    drop(streams);
+    writer.await.unwrap();
+    tokio::task::spawn_blocking(move || reader.join().unwrap()).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -130,11 +150,11 @@ async fn output_is_settled_when_the_client_has_read_it_or_there_is_none() {
         guest.write_all(b"the last words").await.unwrap();
         drop(guest);
         if let Some(mut client) = client {
-            assert!(!streams.settle(Duration::from_millis(200)).await, "unread");
+            assert!(!streams.settle(Duration::from_millis(200), DEADLINE).await, "unread");
             let mut bytes = [0; 100];
             assert_eq!(client.read(&mut bytes).unwrap(), 14);
         }
-        assert!(streams.settle(DEADLINE).await);
+        assert!(streams.settle(DEADLINE, DEADLINE).await);
     }
 }
 

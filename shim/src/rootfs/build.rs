@@ -9,7 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::images::is_erofs;
+use super::lock::KeyLock;
 use super::temporary;
 
 pub(crate) const SUBCOMMAND: &str = "image-build";
@@ -83,13 +84,12 @@ fn build(job: &Job) -> Result<(), String> {
         .mode(0o700)
         .create(&job.mount_point)
         .map_err(|error| fail("create", &job.mount_point, error))?;
-    let _lock =
-        KeyLock::acquire(&lock_path(&job.target)).map_err(|error| fail("lock", &job.target, error))?;
+    let _lock = KeyLock::acquire(&job.target).map_err(|error| fail("lock", &job.target, error))?;
     if !job.replace && is_erofs(&job.target) {
         return Ok(());
     }
     let name = job.target.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = temporary::Temporary::new(dir, &name);
+    let temporary = temporary::Temporary::of_helper(dir, &name);
     mkfs(job, temporary.path())?;
     File::open(temporary.path())
         .and_then(|file| file.sync_all())
@@ -218,40 +218,6 @@ fn common_parent(paths: &[PathBuf]) -> PathBuf {
     common
 }
 
-fn lock_path(target: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".lock-");
-    name.push(target.file_name().unwrap_or_default());
-    target.with_file_name(name)
-}
-
-/// A lock on one image, by a file that is removed when it is released.
-struct KeyLock {
-    path: PathBuf,
-    _file: File,
-}
-
-impl KeyLock {
-    fn acquire(path: &Path) -> io::Result<Self> {
-        loop {
-            let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-            file.lock()?;
-            // The holder before us removed the file: then ours is no longer the one that
-            // others lock.
-            let current = std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-            let ours = file.metadata()?;
-            if current == Some((ours.dev(), ours.ino())) {
-                return Ok(Self { path: path.into(), _file: file });
-            }
-        }
-    }
-}
-
-impl Drop for KeyLock {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,24 +229,5 @@ mod tests {
         assert_eq!(common_parent(&paths(&["/s/1/fs", "/s/10/fs"])), Path::new("/s"));
         assert_eq!(common_parent(&paths(&["/a/fs", "/b/fs"])), Path::new("/"));
         assert_eq!(common_parent(&paths(&["/a/b", "/a/b/c"])), Path::new("/a"));
-    }
-
-    #[test]
-    fn one_holder_at_a_time_and_no_lock_file_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = lock_path(&dir.path().join("x.erofs"));
-        let inside = std::sync::atomic::AtomicU32::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    for _ in 0..50 {
-                        let _lock = KeyLock::acquire(&path).unwrap();
-                        assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
-                        inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
-                    }
-                });
-            }
-        });
-        assert!(!path.exists());
     }
 }

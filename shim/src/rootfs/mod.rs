@@ -6,27 +6,33 @@
 //! | overlayfs snapshotter, Docker | [upper directory's content] · merged layers (cache) | the rootfs snapshot's directory |
 //! | erofs snapshotter | [upper directory's content] · its own images, one or merged | the same |
 //! | native snapshotter, `--rootfs` | a copy of the directory | `<state_dir>/writable/<key>/` |
-//! | read-only view | merged layers (cache) | the run-time directory |
+//! | read-only view | merged layers (cache) | `<state_dir>/ephemeral/<namespace>/<id>/` |
 
 pub(crate) mod build;
 mod containerd;
+mod garbage;
 mod images;
+mod lock;
 mod mountinfo;
+mod owner;
 mod source;
 mod sparse;
+mod superblock;
 mod temporary;
+mod upper;
 mod writable;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
 use slog::{Logger, debug, info};
 
+pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
 use self::source::{Source, Upper};
-pub(crate) use self::writable::collect_garbage;
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.
@@ -48,6 +54,10 @@ pub(crate) enum RootfsError {
     Format { path: PathBuf, detail: String },
     #[error("root file system: the disk that holds {path} is full: {detail}; free space there")]
     DiskFull { path: PathBuf, detail: String },
+    #[error(
+        "writable layer {path}: {detail}; its file system is damaged: remove the container and create it anew"
+    )]
+    BadLayer { path: PathBuf, detail: String },
     #[error(
         "writable layer {path}: in use by another sandbox; a root directory can serve one container at a time, use a copy of it"
     )]
@@ -77,6 +87,41 @@ pub(crate) struct Disks {
     pub(crate) writable: File,
 }
 
+/// Which file of the host is which disk. The guest knows its disks by serials only, so what
+/// it says of one tells the user nothing.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    lower: Vec<PathBuf>,
+    writable: PathBuf,
+}
+
+impl Disks {
+    #[allow(dead_code)] // Sandbox::build is to call it while it attaches the disks.
+    pub(crate) fn paths(&self) -> Paths {
+        Paths { lower: self.lower.iter().map(path_of).collect(), writable: path_of(&self.writable) }
+    }
+}
+
+impl Paths {
+    /// What the agent says when it cannot mount one of these disks (their serials in the order
+    /// of [`Disks::lower`], and the writable one's), with the host's file and the mend.
+    /// `None` when it says something else.
+    #[allow(dead_code)] // Sandbox::build is to call it when the agent refuses the container.
+    pub(crate) fn explain(&self, lower: &[String], writable: &str, said: &str) -> Option<RootfsError> {
+        let is_about = |serial: &str| said.contains(&format!("disk \"{serial}\": mount "));
+        let detail = || format!("the guest cannot mount it: {said}");
+        if is_about(writable) {
+            return Some(RootfsError::BadLayer { path: self.writable.clone(), detail: detail() });
+        }
+        let (_, path) = lower.iter().zip(&self.lower).find(|(serial, _)| is_about(serial))?;
+        Some(RootfsError::BadImage { path: path.clone(), detail: detail() })
+    }
+}
+
+fn path_of(file: &File) -> PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
+}
+
 /// Checks what can be checked without work, so that a bad request fails before a VM boots.
 pub(crate) fn find(request: &Request<'_>) -> Result<Source, RootfsError> {
     Source::find(request.mounts, request.root)
@@ -90,12 +135,18 @@ pub(crate) async fn prepare(
     debug!(log, "root file system"; "source" => ?source);
     private_dir(request.state_dir)?;
     let place = writable::Place::find(&source, request)?;
+    place.note(request)?;
     let writable = {
         let (place, state_dir, size) =
             (place.clone(), request.state_dir.to_path_buf(), request.writable_size_mib);
         blocking(move || writable::open(&place, &state_dir, size))
     };
     let lower = lower(request, &source, place.dir(), log);
+    if place.is_collected() {
+        // Nothing may be made in the directory before it has its owner and its disk is locked.
+        let writable = writable.await?;
+        return Ok(Disks { lower: lower.await?, writable });
+    }
     let (writable, lower) = tokio::join!(writable, lower);
     Ok(Disks { lower: lower?, writable: writable? })
 }
@@ -150,33 +201,14 @@ async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Resu
     images::merged(request.state_dir, &key, lowers).await
 }
 
-/// What the host's upper directory holds already becomes a layer of its own, with its
-/// whiteouts and opaque marks.
 async fn upper_disk(
     state_dir: &Path,
     upper: Option<&Upper>,
     beside: &Path,
 ) -> Result<Option<File>, RootfsError> {
-    let Some(upper) = upper else { return Ok(None) };
-    let target = beside.join("upper.erofs");
-    if !target.exists() {
-        let read = std::fs::read_dir(&upper.upper).and_then(|mut entries| entries.next().transpose());
-        let first = read.map_err(|source| RootfsError::Host {
-            operation: "read the upper directory",
-            path: upper.upper.clone(),
-            source,
-        })?;
-        if first.is_none() {
-            return Ok(None);
-        }
-    }
-    images::tree(state_dir, &upper.upper, &target, false).await.map(Some)
-}
-
-/// Removes what killed shims left half-made in the state directory.
-pub(crate) fn sweep(state_dir: &Path) {
-    for dir in ["images", "golden"] {
-        temporary::sweep(&state_dir.join(dir));
+    match upper {
+        Some(upper) => upper::image(state_dir, upper, beside).await,
+        None => Ok(None),
     }
 }
 
@@ -195,4 +227,27 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         Err(RootfsError::Host { operation: "prepare", path: PathBuf::new(), source: io::Error::other(error) })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_agent_says_of_a_disk_is_told_with_the_hosts_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| File::create(dir.path().join(name)).unwrap();
+        let disks =
+            Disks { lower: vec![file("upper.erofs"), file("chain.erofs")], writable: file("writable.ext4") };
+        let lower = ["ro0".to_string(), "ro1".to_string()];
+        let explain = |said: &str| {
+            disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()
+        };
+        let image = explain("disk \"ro1\": mount as erofs: Invalid argument");
+        assert!(image.contains("/chain.erofs") && image.contains("remove the file"), "{image}");
+        assert!(image.contains("Invalid argument"), "{image}");
+        let layer = explain("disk \"rw0\": mount as ext4: Structure needs cleaning");
+        assert!(layer.contains("/writable.ext4") && layer.contains("create it anew"), "{layer}");
+        assert_eq!(explain("exec: \"x\": executable file not found in $PATH"), "");
+    }
 }

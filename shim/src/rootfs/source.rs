@@ -120,7 +120,8 @@ impl Source {
         };
         // The erofs snapshotter mounts each layer.erofs on the fs/ beside it.
         let images: Vec<PathBuf> = lowers.iter().map(|lower| lower.with_file_name("layer.erofs")).collect();
-        if images.iter().all(|image| super::images::is_erofs(image)) {
+        // A damaged one is its image nevertheless, and refused as such when it is opened.
+        if images.iter().all(|image| super::superblock::has_magic(image)) {
             return Ok(Self::Images { images, upper });
         }
         Ok(Self::Overlay { lowers, upper })

@@ -1,5 +1,7 @@
-//! Files that are being made: named by their maker (pid and start time), so that whoever
-//! comes later can tell a living maker's file from a dead one's and remove the latter.
+//! Files that are being made: named by their maker and its parent (pid and start time each),
+//! so that whoever comes later can tell a living maker's file from a dead one's and remove
+//! the latter. A maker whose parent has ended counts as dead: it ends with its parent, if
+//! not at that very moment.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,20 @@ pub(super) struct Temporary {
 
 impl Temporary {
     pub(super) fn new(dir: &Path, name: &str) -> Self {
+        Self::with_parent(dir, name, None)
+    }
+
+    /// In a process that lives no longer than its parent.
+    pub(super) fn of_helper(dir: &Path, name: &str) -> Self {
+        Self::with_parent(dir, name, ProcessId::of(std::os::unix::process::parent_id()).ok())
+    }
+
+    fn with_parent(dir: &Path, name: &str, parent: Option<ProcessId>) -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let this = ProcessId::this().unwrap_or(ProcessId { pid: std::process::id(), start: 0 });
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        Self { path: dir.join(format!("{PREFIX}{}-{}-{count}-{name}", this.pid, this.start)) }
+        Self { path: dir.join(file_name(this, parent, count, name)) }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -40,18 +51,31 @@ impl Drop for Temporary {
     }
 }
 
-/// Removes what dead makers left in `dir`.
+fn file_name(maker: ProcessId, parent: Option<ProcessId>, count: u32, name: &str) -> String {
+    let parent = parent.unwrap_or(maker);
+    format!("{PREFIX}{}-{}-{}-{}-{count}-{name}", maker.pid, maker.start, parent.pid, parent.start)
+}
+
+/// The maker and its parent, from what follows the prefix.
+fn makers(rest: &str) -> Option<[ProcessId; 2]> {
+    let mut parts = rest.split('-');
+    let mut process = || {
+        let (pid, start) = (parts.next()?, parts.next()?);
+        Some(ProcessId { pid: pid.parse().ok()?, start: start.parse().ok()? })
+    };
+    Some([process()?, process()?])
+}
+
+/// Removes what dead makers left in `dir`, and the locks that they held.
 pub(super) fn sweep(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        let mut parts = rest.split('-');
-        let maker =
-            parts.next().and_then(|pid| pid.parse().ok()).zip(parts.next().and_then(|s| s.parse().ok()));
-        if maker.is_none_or(|(pid, start)| !ProcessId { pid, start }.is_alive()) {
+        if !makers(rest).is_some_and(|makers| makers.into_iter().all(ProcessId::is_alive)) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
+    super::lock::sweep(dir);
 }
 
 #[cfg(test)]
@@ -63,7 +87,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let ours = Temporary::new(dir.path(), "x");
         std::fs::write(ours.path(), b"").unwrap();
-        std::fs::write(dir.path().join(".tmp-4194303-1-0-x"), b"").unwrap();
+        let (this, dead) = (ProcessId::this().unwrap(), ProcessId { pid: 4_194_303, start: 1 });
+        for name in [file_name(dead, None, 0, "x"), file_name(this, Some(dead), 0, "x"), ".tmp-x".into()] {
+            std::fs::write(dir.path().join(name), b"").unwrap();
+        }
         std::fs::write(dir.path().join("image.erofs"), b"").unwrap();
         sweep(dir.path());
         let mut names: Vec<_> =

@@ -2,61 +2,65 @@
 //! It is a sparse copy of a golden file system, made once for each size.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-
-use super::images::hex;
+use super::owner::Owner;
 use super::source::Source;
 use super::temporary::{self, Temporary};
-use super::{Request, RootfsError, private_dir, sparse};
+use super::{Request, RootfsError, lock, private_dir, sparse};
+use crate::rundir::{self, Layer};
 
-const DISK: &str = "writable.ext4";
-const OWNER: &str = "owner.json";
+pub(super) const DISK: &str = "writable.ext4";
+pub(super) const OWNER: &str = "owner.json";
+/// Below the state directory: layers of root directories that have no snapshot around them.
+pub(super) const WRITABLE: &str = "writable";
+/// Below the state directory: layers that go with their sandbox.
+pub(super) const EPHEMERAL: &str = "ephemeral";
 /// In a rootfs snapshot's directory, removed with it by its snapshotter.
 const DIRECTORY: &str = "spore";
-
-/// The directory that a layer without a snapshot directory belongs to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Owner {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-    /// Birth time where the file system knows it: inode numbers are used again.
-    born_ns: Option<u128>,
-}
 
 /// Where the writable disk lives.
 #[derive(Debug, Clone)]
 pub(super) struct Place {
     dir: PathBuf,
-    owner: Option<Owner>,
+    life: Life,
+}
+
+/// What the layer goes with.
+#[derive(Debug, Clone)]
+enum Life {
+    /// The rootfs snapshot whose directory it is in.
+    Snapshot,
+    /// A root directory elsewhere.
+    Owned(Owner),
+    Sandbox,
 }
 
 impl Place {
     pub(super) fn find(source: &Source, request: &Request<'_>) -> Result<Self, RootfsError> {
         match source {
-            Source::Overlay { upper, .. } | Source::Images { upper, .. } => Ok(match upper {
-                Some(upper) => {
-                    let snapshot = upper.work.parent().unwrap_or(&upper.work);
-                    Self { dir: snapshot.join(DIRECTORY), owner: None }
-                }
-                // A view is read-only by its maker's wish; what is written is as short-lived
-                // as the sandbox.
-                None => Self { dir: request.run_dir.to_path_buf(), owner: None },
-            }),
+            Source::Overlay { upper: Some(upper), .. } | Source::Images { upper: Some(upper), .. } => {
+                let snapshot = upper.work.parent().unwrap_or(&upper.work);
+                Ok(Self { dir: snapshot.join(DIRECTORY), life: Life::Snapshot })
+            }
+            // A view is read-only by its maker's wish; what is written is as short-lived as
+            // the sandbox, but not in the run-time directory: that is the host's memory.
+            Source::Overlay { upper: None, .. } | Source::Images { upper: None, .. } => {
+                let names = [plain_name(request.namespace)?, plain_name(request.id)?];
+                let dir = request.state_dir.join(EPHEMERAL).join(names[0]).join(names[1]);
+                Ok(Self { dir, life: Life::Sandbox })
+            }
             Source::Directory { path, .. } => {
                 let owner = Owner::of(path).map_err(|source| RootfsError::Host {
                     operation: "look at the root directory",
                     path: path.clone(),
                     source,
                 })?;
-                let dir = request.state_dir.join("writable").join(owner.key());
-                Ok(Self { dir, owner: Some(owner) })
+                let dir = request.state_dir.join(WRITABLE).join(owner.key());
+                Ok(Self { dir, life: Life::Owned(owner) })
             }
         }
     }
@@ -64,78 +68,90 @@ impl Place {
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
-}
 
-impl Owner {
-    fn of(path: &Path) -> io::Result<Self> {
-        let metadata = std::fs::metadata(path)?;
-        if !metadata.is_dir() {
-            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
-        }
-        let born = metadata.created().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-        Ok(Self {
-            path: path.into(),
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            born_ns: born.map(|time| time.as_nanos()),
+    /// Whether only the disk's lock keeps the directory from being collected.
+    pub(super) fn is_collected(&self) -> bool {
+        !matches!(self.life, Life::Snapshot)
+    }
+
+    /// Notes in the run-time directory where something is going to be made.
+    pub(super) fn note(&self, request: &Request<'_>) -> Result<(), RootfsError> {
+        let layer = match self.life {
+            Life::Sandbox => Layer::Ephemeral,
+            _ => Layer::Lasting,
+        };
+        rundir::note_layer(request.run_dir, layer, request.id, &self.dir).map_err(|source| {
+            RootfsError::Host { operation: "note the layer in", path: request.run_dir.into(), source }
         })
     }
+}
 
-    fn key(&self) -> String {
-        let mut hash = Sha256::new();
-        hash.update(self.path.as_os_str().as_encoded_bytes());
-        hash.update([0]);
-        hash.update(self.device.to_le_bytes());
-        hash.update(self.inode.to_le_bytes());
-        hash.update(self.born_ns.unwrap_or(0).to_le_bytes());
-        hex(&hash.finalize()[..16])
+/// Identifiers come from a client; one that is a path would lead elsewhere.
+fn plain_name(name: &str) -> Result<&str, RootfsError> {
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err(RootfsError::Unsupported {
+            what: format!("the identifier {name:?}"),
+            allowed: "names without '/' that do not begin with '.'",
+        });
     }
-
-    fn exists(&self) -> bool {
-        Self::of(&self.path).is_ok_and(|current| current == *self)
-    }
+    Ok(name)
 }
 
 /// Opens the layer, making it at first use, and locks it for this sandbox.
 pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<File, RootfsError> {
-    let host = |operation, path: &Path| {
-        let path = path.to_path_buf();
-        move |source: io::Error| match source.raw_os_error() {
-            Some(libc::ENOSPC) => RootfsError::DiskFull { path, detail: format!("{operation}: {source}") },
-            _ => RootfsError::Host { operation, path, source },
-        }
-    };
-    private_dir(&place.dir)?;
+    // Two sandboxes that begin at once must not each make one: the second's rename would
+    // take the first's disk away. Nor may the layer be collected before its disk is locked.
+    let _preparing = lock::directory(&place.dir)?;
+    temporary::sweep(&place.dir);
     let disk = place.dir.join(DISK);
-    if !disk.exists() {
-        // Two sandboxes that begin at once must not each make one: the second's rename
-        // would take the first's disk away.
-        let dir = File::open(&place.dir).map_err(host("open", &place.dir))?;
-        dir.lock().map_err(host("lock", &place.dir))?;
-        if !disk.exists() {
-            temporary::sweep(&place.dir);
-            if let Some(owner) = &place.owner {
-                let text =
-                    serde_json::to_vec(owner).map_err(|error| host("write", &place.dir)(error.into()))?;
-                publish(&place.dir, OWNER, |path| std::fs::write(path, &text))
-                    .map_err(host("write", &place.dir.join(OWNER)))?;
-            }
-            let golden = golden(state_dir, size_mib)?;
-            publish(&place.dir, DISK, |path| {
-                let copy = create(path)?;
-                sparse::copy(&golden, &copy)?;
-                copy.sync_all()
-            })
-            .map_err(host("make", &disk))?;
-        }
+    match &place.life {
+        Life::Owned(owner) => write_owner(&place.dir, owner)?,
+        Life::Sandbox => remove_stale(&disk)?,
+        Life::Snapshot => {}
     }
-    let file = OpenOptions::new().read(true).write(true).open(&disk).map_err(host("open", &disk))?;
-    // The lock belongs to the open file, of which the VMM gets a descriptor: it lasts as
-    // long as the VM does.
+    if !disk.exists() {
+        let golden = golden(state_dir, size_mib)?;
+        publish(&place.dir, DISK, |copy| sparse::copy(&golden, copy)).map_err(host("make", &disk))?;
+    }
+    open_locked(&disk)
+}
+
+/// The lock belongs to the open file, of which the VMM gets a descriptor: it lasts as long
+/// as the VM does.
+fn open_locked(disk: &Path) -> Result<File, RootfsError> {
+    let file = OpenOptions::new().read(true).write(true).open(disk).map_err(host("open", disk))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(RootfsError::InUse { path: disk }),
-        Err(TryLockError::Error(error)) => Err(host("lock", &disk)(error)),
+        Err(TryLockError::WouldBlock) => Err(RootfsError::InUse { path: disk.into() }),
+        Err(TryLockError::Error(error)) => Err(host("lock", disk)(error)),
+    }
+}
+
+fn write_owner(dir: &Path, owner: &Owner) -> Result<(), RootfsError> {
+    let path = dir.join(OWNER);
+    // Kept current: its parent, say, may have been moved to another disk.
+    let known = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Owner>(&text).ok());
+    if known.as_ref() == Some(owner) {
+        return Ok(());
+    }
+    let text = serde_json::to_vec(owner).map_err(|error| host("write", &path)(error.into()))?;
+    publish(dir, OWNER, |mut file| file.write_all(&text)).map_err(host("write", &path))
+}
+
+/// What a killed sandbox of the same name wrote is not this one's.
+fn remove_stale(disk: &Path) -> Result<(), RootfsError> {
+    if !disk.exists() {
+        return Ok(());
+    }
+    let _unused = open_locked(disk)?;
+    std::fs::remove_file(disk).map_err(host("remove", disk))
+}
+
+fn host(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {
+    let path = path.to_path_buf();
+    move |source| match source.raw_os_error() {
+        Some(libc::ENOSPC) => RootfsError::DiskFull { path, detail: format!("{operation}: {source}") },
+        _ => RootfsError::Host { operation, path, source },
     }
 }
 
@@ -143,10 +159,12 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// Makes a file under a temporary name; it appears complete or not at all.
-fn publish(dir: &Path, name: &str, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+/// Makes a file under a temporary name; it appears complete and durable, or not at all.
+fn publish(dir: &Path, name: &str, make: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     let temporary = Temporary::new(dir, name);
-    make(temporary.path())?;
+    let file = create(temporary.path())?;
+    make(&file)?;
+    file.sync_all()?;
     temporary.publish(&dir.join(name))
 }
 
@@ -199,28 +217,6 @@ fn mkfs_ext4(path: &Path, size_mib: u64) -> io::Result<std::process::Output> {
     }
     command.args(["-O", "^resize_inode", "-L", "spore", "-E", "assume_storage_prezeroed=1,nodiscard"]);
     command.arg(path).stdin(std::process::Stdio::null()).output()
-}
-
-/// Removes layers whose root directory is gone. Cheap when there are none; problems are
-/// left to the next call.
-pub(crate) fn collect_garbage(state_dir: &Path) {
-    for entry in std::fs::read_dir(state_dir.join("writable")).into_iter().flatten().flatten() {
-        let dir = entry.path();
-        let owner =
-            std::fs::read(dir.join(OWNER)).ok().and_then(|text| serde_json::from_slice::<Owner>(&text).ok());
-        let Some(owner) = owner else { continue };
-        if owner.exists() {
-            continue;
-        }
-        // A running VM keeps its layer although the directory was removed under it.
-        let unused = match File::open(dir.join(DISK)) {
-            Ok(file) => file.try_lock().is_ok(),
-            Err(_) => true,
-        };
-        if unused {
-            let _ = std::fs::remove_dir_all(&dir);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,10 @@ pub(super) enum CallError {
     Refused(Failure),
 }
 
+/// An event with its descriptors, or why the VMM is not listened to any more. Nothing follows
+/// an error, nor does anything when the VMM has closed the socket.
+pub(super) type Heard = io::Result<(Event, Vec<OwnedFd>)>;
+
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Reply, Failure>>>>>;
 
 /// The calling side. The socket closes, and with it the VMM ends, when this is dropped.
@@ -46,12 +50,8 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Control {
-    /// Takes our end. Events go to `events` with their descriptors; its sender is dropped
-    /// when the VMM closes the socket.
-    pub(super) fn new(
-        socket: OwnedFd,
-        events: mpsc::UnboundedSender<(Event, Vec<OwnedFd>)>,
-    ) -> io::Result<Self> {
+    /// Takes our end. Events go to `events`; its sender is dropped when nothing can follow.
+    pub(super) fn new(socket: OwnedFd, events: mpsc::UnboundedSender<Heard>) -> io::Result<Self> {
         let socket = Arc::new(crate::process::watch(socket, Interest::READABLE | Interest::WRITABLE)?);
         let waiting = Waiting::default();
         let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), events));
@@ -106,33 +106,51 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn read(
-    socket: Arc<AsyncFd<OwnedFd>>,
-    waiting: Waiting,
-    events: mpsc::UnboundedSender<(Event, Vec<OwnedFd>)>,
-) {
+async fn read(socket: Arc<AsyncFd<OwnedFd>>, waiting: Waiting, events: mpsc::UnboundedSender<Heard>) {
+    let end = hear(&socket, &waiting, &events).await;
+    lock(&waiting).clear();
+    if let Err(error) = end {
+        let _ = events.send(Err(error));
+    }
+}
+
+/// Takes messages until the VMM closes the socket.
+async fn hear(
+    socket: &AsyncFd<OwnedFd>,
+    waiting: &Waiting,
+    events: &mpsc::UnboundedSender<Heard>,
+) -> io::Result<()> {
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let received =
             socket.async_io(Interest::READABLE, |socket| receive(socket.as_raw_fd(), &mut buffer)).await;
-        let Ok((length, fds)) = received else { break };
+        let (length, fds) = match received {
+            // A VMM that closed the socket with a request of ours unread: the kernel says that
+            // once, and before what the VMM had sent.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
+            received => received?,
+        };
         if length == 0 {
-            break;
+            return Ok(());
         }
-        match serde_json::from_slice::<Message>(&buffer[..length]) {
-            Ok(Message::Response { id, result }) => {
-                if let Some(sender) = lock(&waiting).remove(&id) {
+        match parse(&buffer[..length])? {
+            Message::Response { id, result } => {
+                if let Some(sender) = lock(waiting).remove(&id) {
                     let _ = sender.send(result);
                 }
             }
-            Ok(Message::Event(event)) => {
-                let _ = events.send((event, fds));
-            }
-            // A VMM that does not speak the protocol is of no use.
-            Err(_) => break,
+            Message::Event(event) => drop(events.send(Ok((event, fds)))),
         }
     }
-    lock(&waiting).clear();
+}
+
+/// The error does not repeat the message, which is not for people.
+fn parse(packet: &[u8]) -> io::Result<Message> {
+    serde_json::from_slice(packet).map_err(|error| {
+        let (kind, column) = (error.classify(), error.column());
+        let detail = format!("a message of {} bytes: {kind:?} error at byte {column}", packet.len());
+        io::Error::new(io::ErrorKind::InvalidData, detail)
+    })
 }
 
 fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
@@ -154,7 +172,7 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)
 
 #[cfg(test)]
 mod tests {
-    use spore_vmm::api::FailureCode;
+    use spore_vmm::api::{EndReason, FailureCode};
 
     use super::*;
 
@@ -192,7 +210,7 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         let fds = [null.as_raw_fd(), null.as_raw_fd()];
         assert_eq!(control.call(Call::Boot, &fds).await.unwrap(), Reply::Done);
-        let (event, fds) = events.recv().await.unwrap();
+        let (event, fds) = events.recv().await.unwrap().unwrap();
         assert_eq!((event, fds.len()), (Event::GuestConnection { port: 1024 }, 1));
         assert!(
             matches!(control.call(Call::State, &[]).await, Err(CallError::Refused(f)) if f.message == "no")
@@ -201,5 +219,38 @@ mod tests {
         assert!(events.recv().await.is_none());
         vmm.join().unwrap();
         assert!(matches!(control.call(Call::State, &[]).await, Err(CallError::Closed)));
+    }
+
+    #[tokio::test]
+    async fn a_message_that_cannot_be_read_fails_the_calls_and_is_told() {
+        let (ours, theirs) = pair().unwrap();
+        let (sender, mut events) = mpsc::unbounded_channel();
+        let control = Control::new(ours, sender).unwrap();
+        let vmm = std::thread::spawn(move || {
+            next_request(&theirs);
+            let packet = b"{\"event\":\"sing\"}";
+            sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(packet)], &[], MsgFlags::empty(), None).unwrap();
+            theirs
+        });
+        assert!(matches!(control.call(Call::Boot, &[]).await, Err(CallError::Closed)));
+        let error = events.recv().await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(events.recv().await.is_none());
+        let _open = vmm.join().unwrap();
+        assert!(matches!(control.call(Call::State, &[]).await, Err(CallError::Closed)), "it lives on");
+    }
+
+    #[tokio::test]
+    async fn the_last_words_are_heard_though_a_request_was_left_unread() {
+        let (ours, theirs) = pair().unwrap();
+        let request = [IoSlice::new(b"never read")];
+        sendmsg::<()>(ours.as_raw_fd(), &request, &[], MsgFlags::empty(), None).unwrap();
+        send(&theirs, &Message::Event(Event::Ended(EndReason::Reset)), &[]);
+        drop(theirs);
+        let (sender, mut events) = mpsc::unbounded_channel();
+        let _control = Control::new(ours, sender).unwrap();
+        let (words, _) = events.recv().await.unwrap().unwrap();
+        assert_eq!(words, Event::Ended(EndReason::Reset));
+        assert!(events.recv().await.is_none());
     }
 }

@@ -4,22 +4,24 @@
 //! and the end of the control socket ends it when the shim is killed.
 
 mod control;
+mod end;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use slog::{Logger, info, warn};
+use serde::Deserialize;
+use slog::{Logger, warn};
 use spore_agent_api::READY_PORT;
 use spore_vmm::api::{
-    Call, ConsoleConfig, DiskConfig, DiskSlots, EndReason, Event, FailureCode, FdIndex, Metrics,
-    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+    Call, ConsoleConfig, DiskConfig, DiskSlots, FailureCode, FdIndex, Metrics, PROTOCOL_VERSION, Reply,
+    VmConfig, VsockConfig,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -27,6 +29,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use self::control::{CallError, Control};
+pub(crate) use self::end::End;
+use self::end::{UNEXPLAINED, tail};
 use crate::config::{Config, Machine};
 use crate::process::{self, ProcessId};
 use crate::rootfs::MOST_LAYER_DISKS;
@@ -40,16 +44,14 @@ const DISK_SLOTS: DiskSlots = DiskSlots { read_only: MOST_LAYER_DISKS + 1, writa
 const CONSOLE: &str = "console.log";
 const VMM_LOG: &str = "vmm.log";
 const CONSOLE_CAP: u64 = 1 << 20;
-/// Lines and bytes of a log that an error shows.
-const TAIL_LINES: usize = 12;
-const TAIL_BYTES: u64 = 4096;
 /// Every guest has the same id: each has its own vsock device and socket.
 const GUEST_CID: u32 = 3;
 /// A VMM that does not answer the control socket in this time is stuck.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
-const UNEXPLAINED: &str = "the virtual machine monitor ended without a reason";
+const UNENDING: &str = "the virtual machine monitor closed its control socket and does not end";
 /// Attempts to connect to a guest that lives.
 const DIALS: u32 = 3;
+/// How long a VMM may take to end that has said so, closed its socket or been killed.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
@@ -109,12 +111,6 @@ impl HostFiles {
     }
 }
 
-/// How a VMM came to its end.
-#[derive(Debug, Clone)]
-pub(crate) struct End {
-    pub(crate) cause: String,
-}
-
 /// One VMM process and its VM.
 pub(crate) struct Vm {
     control: Control,
@@ -164,12 +160,8 @@ impl Vm {
             }
         };
         let (event_sender, events) = mpsc::unbounded_channel();
-        let (ready_sender, ready) = watch::channel(false);
-        let (end_sender, end) = watch::channel(None);
-        let reason = Arc::new(Mutex::new(None));
         let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
-        let drained = tokio::spawn(follow(events, ready_sender, Arc::clone(&reason)));
-        tokio::spawn(monitor(child, Arc::clone(&pidfd), drained, reason, end_sender, log.clone()));
+        let (ready, end) = end::watch_over(child, Arc::clone(&pidfd), events, log.clone());
         Ok(Self { control, dir, pidfd, id, machine: machine.clone(), ready, end, log })
     }
 
@@ -179,6 +171,16 @@ impl Vm {
 
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// Gives the VMM the OOM score that the OCI spec wants for the container's process: its own
+    /// would be containerd's, which nothing may kill.
+    pub(crate) fn set_oom_score_adj(&self, spec: &[u8]) {
+        let score = wanted_oom_score_adj(spec);
+        if let Err(error) = process::set_oom_score_adj(self.id.pid, score) {
+            warn!(self.log, "the VMM's OOM score stays the shim's (CAP_SYS_RESOURCE is needed to lower it)";
+                "vmm" => self.id.pid, "oom_score_adj" => score, "error" => %error);
+        }
     }
 
     /// Builds the VM and lets it run.
@@ -243,19 +245,25 @@ impl Vm {
             Err(_) => Err(VmError::Stuck { operation, seconds: CALL_DEADLINE.as_secs() }),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(CallError::Io(source))) => Err(VmError::Host { operation, source }),
-            Ok(Err(CallError::Refused(failure))) if failure.code != FailureCode::Fatal => {
-                Err(VmError::Refused { operation, message: failure.message })
-            }
-            Ok(Err(CallError::Refused(failure))) => {
+            Ok(Err(CallError::Refused(failure))) => match failure.code {
                 // The reason follows as the VMM's last message.
-                let end = tokio::time::timeout(END_DEADLINE, self.ended()).await;
-                Err(self.ended_error(operation, end.map_or(failure.message, |end| end.cause)))
-            }
+                FailureCode::Fatal | FailureCode::Ended => {
+                    let cause = self.cause(&failure.message).await;
+                    Err(self.ended_error(operation, cause))
+                }
+                _ => Err(VmError::Refused { operation, message: failure.message }),
+            },
             Ok(Err(CallError::Closed)) => {
-                let cause = self.ended().await.cause;
+                let cause = self.cause(UNENDING).await;
                 Err(self.ended_error(operation, cause))
             }
         }
+    }
+
+    /// Why the VM ended, when it is known to be ending; `otherwise` when its process stays.
+    async fn cause(&self, otherwise: &str) -> String {
+        let end = tokio::time::timeout(END_DEADLINE, self.ended()).await;
+        end.map_or_else(|_| otherwise.into(), |end| end.cause)
     }
 
     /// Waits for the agent's sign of life, or says why there is none.
@@ -273,7 +281,7 @@ impl Vm {
         match outcome {
             Ok(()) => Ok(()),
             Err(()) => {
-                let cause = self.ended().await.cause;
+                let cause = self.cause(UNENDING).await;
                 Err(self.ended_error("booting", cause))
             }
         }
@@ -378,74 +386,21 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// The last lines of a file, joined for an error message; control characters left out.
-fn tail(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
-    let mut bytes = Vec::new();
-    file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<String> = text
-        .lines()
-        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>().trim().to_string())
-        .filter(|line| !line.is_empty())
-        .collect();
-    Ok(lines[lines.len().saturating_sub(TAIL_LINES)..].join(" | "))
-}
-
-/// Takes the VMM's events as they come.
-async fn follow(
-    mut events: mpsc::UnboundedReceiver<(Event, Vec<OwnedFd>)>,
-    ready: watch::Sender<bool>,
-    reason: Arc<Mutex<Option<EndReason>>>,
-) {
-    while let Some((event, _fds)) = events.recv().await {
-        match event {
-            Event::GuestConnection { port: READY_PORT } => drop(ready.send(true)),
-            Event::GuestConnection { .. } => {}
-            Event::Ended(why) => {
-                *reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(why);
-            }
-        }
+/// `process.oomScoreAdj` of an OCI spec; 0 as with runc where there is none.
+fn wanted_oom_score_adj(spec: &[u8]) -> i32 {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Spec {
+        process: Process,
     }
-}
-
-/// Waits for the end of the process, reaps it, and tells why.
-async fn monitor(
-    mut child: Child,
-    pidfd: Arc<AsyncFd<OwnedFd>>,
-    drained: tokio::task::JoinHandle<()>,
-    reason: Arc<Mutex<Option<EndReason>>>,
-    end: watch::Sender<Option<End>>,
-    log: Logger,
-) {
-    let _ = pidfd.readable().await.map(|mut guard| guard.clear_ready());
-    let status = child.wait();
-    // The last event may still be in the socket; its end of file is at hand.
-    let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
-    let reason = reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-    let cause = describe(reason.as_ref(), status.ok());
-    info!(log, "the VMM has ended"; "vmm" => child.id(), "cause" => &cause);
-    let _ = end.send(Some(End { cause }));
-}
-
-fn describe(reason: Option<&EndReason>, status: Option<ExitStatus>) -> String {
-    match reason {
-        Some(EndReason::Shutdown) => "the guest powered itself off".into(),
-        Some(EndReason::Reset) => "the guest asked for a reset (a kernel panic does that)".into(),
-        Some(EndReason::TripleFault { vcpu, registers }) => format!("vCPU {vcpu}: triple fault; {registers}"),
-        Some(EndReason::InternalError { vcpu, detail, registers }) => {
-            let vcpu = vcpu.map(|vcpu| format!("vCPU {vcpu}: ")).unwrap_or_default();
-            let registers = registers.as_ref().map(|registers| format!("; {registers}")).unwrap_or_default();
-            format!("{vcpu}{detail}{registers}")
-        }
-        Some(EndReason::Forced) => "the guest ignored the power button".into(),
-        None => match status {
-            Some(status) => format!("{UNEXPLAINED} ({status})"),
-            None => UNEXPLAINED.into(),
-        },
+    #[derive(Default, Deserialize)]
+    #[serde(default, rename_all = "camelCase")]
+    struct Process {
+        oom_score_adj: Option<i32>,
     }
+    // The bundle is checked already.
+    let spec: Spec = serde_json::from_slice(spec).unwrap_or_default();
+    spec.process.oom_score_adj.unwrap_or(0)
 }
 
 #[cfg(test)]

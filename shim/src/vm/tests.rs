@@ -1,11 +1,24 @@
+use spore_vmm::api::EndReason;
+
+use super::end::{TAIL_LINES, Told, describe};
 use super::*;
 
 #[test]
 fn the_end_is_told_in_words() {
-    assert!(describe(Some(&EndReason::Reset), None).contains("reset"));
+    let ended = |reason| Told { reason: Some(reason), broken: None };
+    assert!(describe(&ended(EndReason::Reset), None).contains("reset"));
     let fault = EndReason::TripleFault { vcpu: 1, registers: "rip=0".into() };
-    assert_eq!(describe(Some(&fault), None), "vCPU 1: triple fault; rip=0");
-    assert!(describe(None, None).contains("without a reason"));
+    assert_eq!(describe(&ended(fault), None), "vCPU 1: triple fault; rip=0");
+    assert!(describe(&Told::default(), None).contains("without a reason"));
+    let broken = Told { reason: None, broken: Some(io::Error::other("noise")) };
+    assert!(describe(&broken, None).contains("cannot be understood: noise"));
+}
+
+#[test]
+fn the_oom_score_is_the_specs_or_zero() {
+    assert_eq!(wanted_oom_score_adj(br#"{"process":{"oomScoreAdj":-500,"args":["a"]}}"#), -500);
+    assert_eq!(wanted_oom_score_adj(br#"{"process":{"args":["a"]},"root":{}}"#), 0);
+    assert_eq!(wanted_oom_score_adj(b"{}"), 0);
 }
 
 #[test]

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
+pub(crate) mod host;
+
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -21,7 +23,8 @@ use spore_agent_api::stream::{HEADER_LEN, Hello, Kind};
 use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
 use spore_agent_api::{RPC_PORT, STDIO_PORT};
 use spore_vmm::api::{
-    AttachedDisk, BootTimes, Call, EndReason, Event, MAX_MESSAGE, Message, Metrics, Reply, Request,
+    AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, MAX_MESSAGE, Message, Metrics,
+    Reply, Request,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
@@ -32,6 +35,19 @@ use ttrpc::r#async::{Server, TtrpcContext};
 /// Kernel command line words (`kernel_args`) that make the fake misbehave.
 pub(crate) const HANG: &str = "fake.hang";
 pub(crate) const PANIC: &str = "fake.panic";
+/// After Boot the VMM says what is no message, and lives on.
+pub(crate) const GARBAGE: &str = "fake.garbage";
+/// The guest faults before it is given a disk.
+pub(crate) const FAULT: &str = "fake.fault";
+/// The agent answers neither Start nor Signal nor Pids.
+pub(crate) const DEAF: &str = "fake.deaf";
+/// The agent answers Signal and sends none.
+pub(crate) const IMMORTAL: &str = "fake.immortal";
+/// Start goes on when somebody opens the fifo [`GATE_FIFO`] in TMPDIR.
+pub(crate) const GATE: &str = "fake.gate";
+pub(crate) const GATE_FIFO: &str = "gate";
+/// What the agent's Shutdown leaves in TMPDIR.
+pub(crate) const SHUT_DOWN: &str = "shut-down";
 
 fn receive(socket: RawFd) -> Option<(Request, Vec<OwnedFd>)> {
     let mut buffer = vec![0; MAX_MESSAGE];
@@ -57,6 +73,11 @@ fn send(socket: RawFd, message: &Message, fds: &[RawFd]) {
     sendmsg::<()>(socket, &[IoSlice::new(&packet)], rights, MsgFlags::empty(), None).unwrap();
 }
 
+fn send_garbage(socket: RawFd) {
+    let packet = [IoSlice::new(b"{\"event\":\"sing\"}")];
+    sendmsg::<()>(socket, &packet, &[], MsgFlags::empty(), None).unwrap();
+}
+
 /// The process that the shim believes to be spore-vmm; its control socket is descriptor 0.
 pub(crate) fn fake_vmm() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -72,7 +93,7 @@ pub(crate) fn fake_vmm() {
                 let listener = StdListener::from(listener);
                 listener.set_nonblocking(true).unwrap();
                 console = Some(fds.remove(config.console.unwrap().output.0 as usize).into());
-                runtime.spawn(vsock(listener));
+                runtime.spawn(vsock(listener, cmdline.clone()));
                 Reply::Configured { disk_slots: config.disk_slots, disks: Vec::new() }
             }
             Call::Boot => {
@@ -85,11 +106,21 @@ pub(crate) fn fake_vmm() {
                     send(0, &Message::Event(Event::Ended(EndReason::Reset)), &[]);
                     return;
                 }
-                if !cmdline.contains(HANG) {
+                if cmdline.contains(GARBAGE) {
+                    send_garbage(0);
+                } else if !cmdline.contains(HANG) && !cmdline.contains(FAULT) {
                     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
                     send(0, &Message::Event(Event::GuestConnection { port: 1024 }), &[ours.as_raw_fd()]);
                 }
                 continue;
+            }
+            Call::AttachDisk(_) if cmdline.contains(FAULT) => {
+                let message = "attach: the VM is Ended; the guest has ended".into();
+                let failure = Failure { code: FailureCode::Ended, message };
+                send(0, &Message::Response { id: request.id, result: Err(failure) }, &[]);
+                let fault = EndReason::TripleFault { vcpu: 0, registers: "rip=0xdead".into() };
+                send(0, &Message::Event(Event::Ended(fault)), &[]);
+                return;
             }
             Call::AttachDisk(disk) => {
                 let (prefix, count) =
@@ -128,10 +159,17 @@ type Processes = Arc<Mutex<HashMap<String, Process>>>;
 #[derive(Clone, Default)]
 struct Agent {
     processes: Processes,
+    cmdline: String,
 }
 
-async fn vsock(listener: StdListener) {
-    let agent = Agent::default();
+impl Agent {
+    fn is(&self, word: &str) -> bool {
+        self.cmdline.contains(word)
+    }
+}
+
+async fn vsock(listener: StdListener, cmdline: String) {
+    let agent = Agent { cmdline, ..Agent::default() };
     let path = std::env::temp_dir().join(format!("fake-agent-{}", std::process::id()));
     let mut services = sandbox_ttrpc::create_sandbox(Arc::new(agent.clone()));
     services.extend(container_ttrpc::create_container(Arc::new(agent.clone())));
@@ -185,6 +223,30 @@ impl sandbox_ttrpc::Sandbox for Agent {
         assert!(request.entropy.len() >= 32 && request.wall_clock_ns > 0);
         Ok(sandbox::SetupResponse::new())
     }
+
+    async fn info(&self, _: &TtrpcContext, _: sandbox::InfoRequest) -> ttrpc::Result<sandbox::InfoResponse> {
+        Ok(sandbox::InfoResponse { started_ns: 5, ready_ns: 9, ..Default::default() })
+    }
+
+    /// Does not power off: the shim has to end the VM.
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::ShutdownRequest,
+    ) -> ttrpc::Result<sandbox::ShutdownResponse> {
+        assert!(request.grace_ms > 0);
+        let exits: Vec<_> = {
+            let processes = self.processes.lock().unwrap();
+            let running = processes.values().filter(|process| process.started);
+            running.map(|process| (process.pid, process.exit.subscribe())).collect()
+        };
+        for (pid, mut exit) in exits {
+            host::send_signal(pid, nix::sys::signal::Signal::SIGTERM);
+            exit.wait_for(Option::is_some).await.unwrap();
+        }
+        std::fs::write(std::env::temp_dir().join(SHUT_DOWN), "").unwrap();
+        Ok(sandbox::ShutdownResponse::new())
+    }
 }
 
 #[async_trait]
@@ -228,6 +290,13 @@ impl container_ttrpc::Container for Agent {
         _: &TtrpcContext,
         request: container::StartRequest,
     ) -> ttrpc::Result<container::StartResponse> {
+        if self.is(DEAF) {
+            std::future::pending::<()>().await;
+        }
+        if self.is(GATE) {
+            let gate = std::env::temp_dir().join(GATE_FIFO);
+            tokio::task::spawn_blocking(|| std::fs::File::open(gate)).await.unwrap().unwrap();
+        }
         let mut processes = self.processes.lock().unwrap();
         let process = processes.get_mut(&request.id).unwrap();
         let args: Vec<String> = process.spec["process"]["args"]
@@ -299,6 +368,12 @@ impl container_ttrpc::Container for Agent {
         _: &TtrpcContext,
         request: container::SignalRequest,
     ) -> ttrpc::Result<container::SignalResponse> {
+        if self.is(DEAF) {
+            std::future::pending::<()>().await;
+        }
+        if self.is(IMMORTAL) {
+            return Ok(container::SignalResponse::new());
+        }
         let processes = self.processes.lock().unwrap();
         let process = &processes[&request.id];
         if !process.started {
@@ -307,8 +382,7 @@ impl container_ttrpc::Container for Agent {
             return Err(status(ttrpc::Code::NOT_FOUND, "no such process"));
         } else {
             let signal = nix::sys::signal::Signal::try_from(i32::try_from(request.signal).unwrap()).unwrap();
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(process.pid).unwrap()), signal)
-                .unwrap();
+            host::send_signal(process.pid, signal);
         }
         Ok(container::SignalResponse::new())
     }
@@ -326,6 +400,9 @@ impl container_ttrpc::Container for Agent {
         _: &TtrpcContext,
         request: container::PidsRequest,
     ) -> ttrpc::Result<container::PidsResponse> {
+        if self.is(DEAF) {
+            std::future::pending::<()>().await;
+        }
         let pid = self.processes.lock().unwrap()[&request.id].pid;
         Ok(container::PidsResponse { pids: vec![pid, pid + 1], ..Default::default() })
     }

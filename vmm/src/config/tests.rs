@@ -131,3 +131,18 @@ fn more_slots_than_the_machine_has_are_refused() {
     let many = |c: &mut VmConfig| c.disk_slots.writable = MAX_DISK_SLOTS + 1;
     assert!(matches!(refuse(many, vec![]), ConfigError::Range { what: "disk_slots.writable", max: 12, .. }));
 }
+
+#[test]
+fn a_writable_disk_may_not_be_open_for_appending() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let open = || File::options().read(true).append(true).open(file.path()).unwrap().into();
+    let with = |read_only| {
+        move |config: &mut VmConfig| {
+            config.disks = vec![DiskConfig { file: FdIndex(2), read_only }];
+        }
+    };
+    assert!(matches!(refuse(with(false), vec![open()]), ConfigError::Append { .. }));
+    let mut config = config();
+    with(true)(&mut config);
+    check(config, vec![open()]).unwrap();
+}

@@ -28,7 +28,9 @@ const MAX_WAITING: usize = 1024;
 pub enum RequestError {
     #[error("control message: {found} bytes or more; at most {max} are allowed")]
     TooLong { found: usize, max: usize },
-    #[error("control message: more than {max} descriptors are attached")]
+    #[error(
+        "control message: more than {max} descriptors are attached, or more than the limit of open files (RLIMIT_NOFILE) allows"
+    )]
     TooManyFds { max: usize },
     #[error("control message: not a request of protocol {version}: {source}", version = crate::api::PROTOCOL_VERSION)]
     Malformed { id: u64, source: serde_json::Error },
@@ -118,6 +120,11 @@ impl Channel {
     /// Whether [`Self::flush`] should be called once the socket is writable.
     pub fn has_waiting(&self) -> bool {
         !self.waiting().is_empty()
+    }
+
+    /// Messages that the peer has not taken.
+    fn waiting_count(&self) -> usize {
+        self.waiting().len()
     }
 
     fn flush_locked(&self, waiting: &mut Waiting) -> Result<(), SocketError> {

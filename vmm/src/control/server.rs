@@ -1,7 +1,9 @@
 //! The event loop: one thread that obeys the control socket and runs every device.
 //!
 //! Requests are served between rounds of the loop, never from within a device's turn, so when
-//! a call runs no device is at work: a pause needs only the vCPUs to park.
+//! a call runs no device is at work: a pause needs only the vCPUs to park. While the VM is
+//! paused the loop listens to its own descriptors only: what rings or arrives for a device waits
+//! in its descriptor until the VM goes on.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -26,6 +28,9 @@ use crate::{clock, log, vcpu};
 
 /// How long the last message may wait for the peer to take it.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// How long host peers have, after the guest's end, to take what it had sent them.
+const LAST_BYTES: Duration = Duration::from_secs(1);
 
 /// The VMM cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +60,7 @@ struct Woken {
 }
 
 /// Notes which of the loop's own descriptors are ready.
+#[derive(Clone)]
 struct Wakeups {
     channel: RawFd,
     end: RawFd,
@@ -92,6 +98,10 @@ struct Server {
     // than the VM: fields drop in order.
     manager: EventManager<Subscriber>,
     wakeups: SubscriberId,
+    devices: Vec<SubscriberId>,
+    /// The loop while the VM is paused: no devices.
+    paused: EventManager<Wakeups>,
+    paused_wakeups: SubscriberId,
     watching_writable: bool,
     woken: Rc<Woken>,
     channel: Channel,
@@ -112,15 +122,21 @@ impl Server {
             TimerFd::new().map_err(|error| source("the deadline's timer")(std::io::Error::from(error)))?;
         let woken = Rc::new(Woken::default());
         let mut manager: EventManager<Subscriber> = EventManager::new()?;
-        let wakeups = manager.add_subscriber(Box::new(Wakeups {
+        let own = Wakeups {
             channel: channel.as_raw_fd(),
             end: end.as_raw_fd(),
             deadline: deadline.as_raw_fd(),
             woken: Rc::clone(&woken),
-        }));
+        };
+        let wakeups = manager.add_subscriber(Box::new(own.clone()));
+        let mut paused = EventManager::new()?;
+        let paused_wakeups = paused.add_subscriber(own);
         Ok(Self {
             manager,
             wakeups,
+            devices: Vec::new(),
+            paused,
+            paused_wakeups,
             watching_writable: false,
             woken,
             channel,
@@ -135,7 +151,11 @@ impl Server {
 
     fn run(mut self) -> Result<Outcome, ServeError> {
         loop {
-            self.manager.run()?;
+            if self.vm.as_ref().is_some_and(Vm::is_paused) {
+                self.paused.run()?;
+            } else {
+                self.manager.run()?;
+            }
             if self.woken.deadline.take() && self.deadline_passed() {
                 self.force_end();
             }
@@ -227,7 +247,7 @@ impl Server {
         let Built { vm, disks, subscribers } =
             vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
         for subscriber in subscribers {
-            self.manager.add_subscriber(subscriber);
+            self.devices.push(self.manager.add_subscriber(subscriber));
         }
         self.vm = Some(vm);
         self.configured_ns = clock::monotonic_ns();
@@ -282,6 +302,7 @@ impl Server {
             let set = if wanted { EventSet::IN | EventSet::OUT } else { EventSet::IN };
             let events = Events::new_raw(self.channel.as_raw_fd(), set);
             self.manager.event_ops(self.wakeups)?.modify(events)?;
+            self.paused.event_ops(self.paused_wakeups)?.modify(events)?;
             self.watching_writable = wanted;
         }
         Ok(())
@@ -296,13 +317,12 @@ impl Server {
     /// Says why the guest ended, as the last message, and waits until the peer has it.
     fn finish(&mut self, reason: EndReason) -> Result<Outcome, ServeError> {
         log::info("vm", format_args!("the guest ended: {reason:?}"));
-        // vCPUs are stopped, and devices closed, before the peer hears of it.
-        self.vm = None;
+        self.wind_down()?;
         // What the peer asked meanwhile is answered first; unread, it would make the peer's next
         // read fail instead of giving it this message.
         while let Ok(Incoming::Request(Request { id, .. }, _)) = self.channel.receive() {
             let message = "the guest has ended; the reason follows".to_owned();
-            self.channel.respond(id, Err(Failure { code: FailureCode::Fatal, message }))?;
+            self.channel.respond(id, Err(Failure { code: FailureCode::Ended, message }))?;
         }
         let sent = self.channel.event(Event::Ended(reason.clone()), None).and_then(|()| self.drain());
         match sent {
@@ -314,12 +334,53 @@ impl Server {
         }
     }
 
+    /// Stops the vCPUs, delivers what the guest had handed over, closes the devices.
+    fn wind_down(&mut self) -> Result<(), ServeError> {
+        let Some(mut vm) = self.vm.take() else { return Ok(()) };
+        vm.stop()?;
+        // A paused guest's last word was its pause: what it had handed over then belongs to
+        // whoever saved it there.
+        if !vm.is_paused() {
+            self.deliver_rest(&vm)?;
+        }
+        for device in self.devices.drain(..) {
+            self.manager.remove_subscriber(device)?;
+        }
+        Ok(())
+    }
+
+    /// Lets devices serve the doorbells that are rung, and host peers take what was sent to them.
+    fn deliver_rest(&mut self, vm: &Vm) -> Result<(), ServeError> {
+        // The end's descriptor stays ready; without it the loop comes to rest.
+        self.manager.remove_subscriber(self.wakeups)?;
+        let deadline = Instant::now() + LAST_BYTES;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = if vm.unsent() > 0 { left } else { Duration::ZERO };
+            let served =
+                self.manager.run_with_timeout(i32::try_from(wait.as_millis()).unwrap_or(i32::MAX))?;
+            if left.is_zero() || (served == 0 && vm.unsent() == 0) {
+                break;
+            }
+        }
+        match vm.unsent() {
+            0 => {}
+            unsent => log::warn(
+                "vm",
+                format_args!(
+                    "{unsent} bytes of the guest are lost: host peers did not take them in {LAST_BYTES:?}"
+                ),
+            ),
+        }
+        Ok(())
+    }
+
     fn drain(&self) -> Result<(), SocketError> {
         let deadline = Instant::now() + LAST_WORDS;
         while self.channel.has_waiting() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(SocketError::PeerStalled { waiting: 1 });
+                return Err(SocketError::PeerStalled { waiting: self.channel.waiting_count() });
             }
             self.channel.wait_writable(left)?;
             self.channel.flush()?;
@@ -348,6 +409,8 @@ impl From<ConfigError> for Failure {
 impl From<StateError> for Failure {
     fn from(error: StateError) -> Self {
         let code = match &error {
+            // The guest can end between two rounds of the loop; the peer hears why next.
+            StateError::WrongState { state: VmState::Ended, .. } => FailureCode::Ended,
             StateError::WrongState { .. } => FailureCode::WrongState,
             StateError::Exhausted { .. } => FailureCode::Exhausted,
             StateError::Attach(_) => FailureCode::InvalidArgument,
@@ -365,5 +428,20 @@ impl From<BuildError> for Failure {
             BuildError::Disk(cause) => cause.into(),
             _ => Self { code: FailureCode::HostUnfit, message },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_to_a_guest_that_has_ended_is_told_apart_from_one_at_the_wrong_time() {
+        let refused = |state| {
+            let error = StateError::WrongState { call: "attach", state, mend: "" };
+            Failure::from(error).code
+        };
+        assert_eq!(refused(VmState::Ended), FailureCode::Ended);
+        assert_eq!(refused(VmState::Paused), FailureCode::WrongState);
     }
 }

@@ -39,7 +39,8 @@ pub enum Packet {
     },
     /// Longer than [`MAX_MESSAGE`]; gone, descriptors closed.
     TooLong,
-    /// More than [`MAX_FDS`] descriptors; gone, descriptors closed.
+    /// More than [`MAX_FDS`] descriptors, or more than this process may open; gone, descriptors
+    /// closed.
     TooManyFds,
     Nothing,
     HungUp,
@@ -110,6 +111,7 @@ impl Socket {
         };
         // SAFETY: recvmsg filled the header in and succeeded.
         let fds = unsafe { take_fds(&header) };
+        // Set too when a descriptor could not be made here, for the limit of open files.
         if header.msg_flags & libc::MSG_CTRUNC != 0 {
             return Ok(Packet::TooManyFds);
         }

@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -79,39 +79,61 @@ impl CappedOutput {
     }
 
     fn put(&mut self, data: &[u8]) -> io::Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        let written = self.counters.bytes.load(Ordering::Relaxed);
-        if self.cap > 0 && written.saturating_add(data.len() as u64) > self.cap {
-            if !self.capped {
-                self.capped = true;
-                let notice =
-                    format!("\n[spore-vmm: console output stops here, at its cap of {} bytes]\n", self.cap);
-                file.write_all(notice.as_bytes())?;
-            }
-            self.counters.dropped.fetch_add(data.len() as u64, Ordering::Relaxed);
+        if self.file.is_none() {
             return Ok(());
         }
-        let patience = if self.stalled { Duration::ZERO } else { PATIENCE };
-        if writable(file, patience)? {
-            self.stalled = false;
-            file.write_all(data)?;
-            self.counters.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        } else {
-            self.stalled = true;
-            self.counters.dropped.fetch_add(data.len() as u64, Ordering::Relaxed);
+        let count = data.len() as u64;
+        let written = self.counters.bytes.load(Ordering::Relaxed);
+        if self.cap > 0 && written.saturating_add(count) > self.cap {
+            self.counters.dropped.fetch_add(count, Ordering::Relaxed);
+            return self.say_capped();
+        }
+        let counter = if self.offer(data)? { &self.counters.bytes } else { &self.counters.dropped };
+        counter.fetch_add(count, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Says once that output stops; later, if the output takes nothing now.
+    fn say_capped(&mut self) -> io::Result<()> {
+        if !self.capped {
+            let cap = self.cap;
+            let notice = format!("\n[spore-vmm: console output stops here, at its cap of {cap} bytes]\n");
+            self.capped = self.offer(notice.as_bytes())?;
         }
         Ok(())
     }
+
+    /// Writes `data` unless the output takes nothing for too long; false then.
+    fn offer(&mut self, data: &[u8]) -> io::Result<bool> {
+        let Some(file) = &mut self.file else { return Ok(false) };
+        let patience = if self.stalled { Duration::ZERO } else { PATIENCE };
+        self.stalled = !writable(file, patience)?;
+        if self.stalled {
+            return Ok(false);
+        }
+        match file.write_all(data) {
+            // It is writable, but not for this much.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
 }
 
+/// Whether `file` takes bytes, or does so before `patience` is over.
 fn writable(file: &File, patience: Duration) -> io::Result<bool> {
-    let timeout = PollTimeout::try_from(patience).map_err(io::Error::other)?;
-    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
-    match poll(&mut fds, timeout) {
-        Ok(0) | Err(nix::Error::EINTR) => Ok(false),
-        // An error state counts as writable: the write then says what it is.
-        Ok(_) => Ok(true),
-        Err(error) => Err(error.into()),
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).map_err(io::Error::other)?;
+        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Ok(false),
+            // An error state counts as writable: the write then says what it is.
+            Ok(_) => return Ok(true),
+            // A kick of the vCPU, for one.
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -136,7 +158,8 @@ impl Write for CappedOutput {
 #[derive(Debug)]
 pub struct SerialPort(Serial<Line, Room, CappedOutput>);
 
-static TRIGGER_FAILED: log::Limited = log::Limited::new();
+static REGISTER_FAILED: log::Limited = log::Limited::new();
+static INPUT_FAILED: log::Limited = log::Limited::new();
 
 impl SerialPort {
     /// A port without input.
@@ -158,7 +181,7 @@ impl PioDevice for SerialPort {
     fn write(&mut self, offset: u16, value: u8) {
         let Ok(offset) = u8::try_from(offset) else { return };
         if let Err(error) = self.0.write(offset, value) {
-            TRIGGER_FAILED.warn("serial", format_args!("register {offset}: {error:?}"));
+            REGISTER_FAILED.warn("serial", format_args!("register {offset}: {error:?}"));
         }
     }
 }
@@ -203,7 +226,7 @@ impl SerialInput {
             Ok(0) => false,
             Ok(count) => {
                 if let Err(error) = port.0.enqueue_raw_bytes(&data[..count]) {
-                    TRIGGER_FAILED.warn("serial", format_args!("input: {error:?}"));
+                    INPUT_FAILED.warn("serial", format_args!("input: {error:?}"));
                 }
                 true
             }
@@ -236,6 +259,8 @@ impl MutEventSubscriber for SerialInput {
 #[cfg(test)]
 mod tests {
     use std::io::Seek;
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
     use super::*;
 
@@ -304,6 +329,29 @@ mod tests {
         assert!(dropped.load(Ordering::Relaxed) > 0);
         assert_eq!(bytes.load(Ordering::Relaxed) + dropped.load(Ordering::Relaxed), sent);
         drop(reader);
+    }
+
+    #[test]
+    fn the_notice_of_the_cap_waits_for_a_full_pipe() {
+        for nonblocking in [false, true] {
+            let (mut reader, mut writer) = io::pipe().unwrap();
+            let fill = fcntl(&writer, FcntlArg::F_GETPIPE_SZ).unwrap();
+            writer.write_all(&vec![b'.'; usize::try_from(fill).unwrap()]).unwrap();
+            if nonblocking {
+                fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+            }
+            let (mut port, counters) = port(Some(File::from(std::os::fd::OwnedFd::from(writer))), 1);
+            // The pipe stays full: neither the byte nor the notice may block.
+            send(&mut port, "ab");
+            assert_eq!(counters.dropped.load(Ordering::Relaxed), 2);
+            reader.read_exact(&mut vec![0; usize::try_from(fill).unwrap()]).unwrap();
+            send(&mut port, "cde");
+            drop(port);
+            let mut text = String::new();
+            reader.read_to_string(&mut text).unwrap();
+            assert_eq!((text.matches("cap of 1 bytes").count(), &text[..2]), (1, "c\n"), "{text}");
+            assert_eq!(counters.dropped.load(Ordering::Relaxed), 4);
+        }
     }
 
     #[test]

@@ -4,11 +4,12 @@
 //!
 //! Console keys: Ctrl-A x quits, Ctrl-A p presses the power button, Ctrl-A Ctrl-A is a Ctrl-A.
 
+mod feed;
 mod keys;
 mod terminal;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
@@ -21,6 +22,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use self::feed::Feed;
 use self::keys::{Keys, Typed};
 use self::terminal::RawTerminal;
 use crate::api::{
@@ -81,7 +83,7 @@ pub fn run(options: &Options, process_start_ns: u64) -> Result<ExitCode, RunErro
     // Blocked before the VMM's threads exist, so that only the descriptor sees them.
     let signals = watch_signals()?;
     let mut parcel = Parcel::default();
-    let mut console_input = None;
+    let mut console_input = Feed::closed();
     let config = describe(options, &mut parcel, &mut console_input)?;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|error| system("making the control socket")(error.into()))?;
@@ -125,11 +127,7 @@ impl Parcel {
     }
 }
 
-fn describe(
-    options: &Options,
-    parcel: &mut Parcel,
-    console_input: &mut Option<io::PipeWriter>,
-) -> Result<VmConfig, RunError> {
+fn describe(options: &Options, parcel: &mut Parcel, console_input: &mut Feed) -> Result<VmConfig, RunError> {
     let kvm = parcel.open("KVM device", Path::new("/dev/kvm"), true)?;
     let kernel = parcel.open("kernel", &options.kernel, false)?;
     let initrd = options.initrd.as_deref().map(|path| parcel.open("initramfs", path, false)).transpose()?;
@@ -140,7 +138,7 @@ fn describe(
     let console = if options.console {
         let output = io::stdout().as_fd().try_clone_to_owned().map_err(system("the terminal"))?;
         let (reader, writer) = io::pipe().map_err(system("a pipe"))?;
-        *console_input = Some(writer);
+        *console_input = Feed::new(writer).map_err(system("a pipe"))?;
         Some(ConsoleConfig { output: parcel.add(output), input: Some(parcel.add(reader)), cap_bytes: 0 })
     } else {
         None
@@ -192,7 +190,7 @@ fn drive(
     mut client: Client,
     config: VmConfig,
     parcel: Parcel,
-    mut console_input: Option<io::PipeWriter>,
+    mut console_input: Feed,
     signals: &SignalFd,
     options: &Options,
 ) -> Result<ExitCode, RunError> {
@@ -213,7 +211,7 @@ fn drive(
 
 fn relay(
     client: &mut Client,
-    console_input: &mut Option<io::PipeWriter>,
+    console_input: &mut Feed,
     signals: &SignalFd,
     console: bool,
 ) -> Result<ExitCode, RunError> {
@@ -229,19 +227,8 @@ fn relay(
                 Event::Ended(reason) => return Ok(report(&reason)),
             }
         }
-        let mut fds = vec![
-            PollFd::new(client.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        if reading {
-            fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
-        }
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(system("waiting")(error.into())),
-        }
-        let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
-        let (signalled, typed) = (ready(1), ready(2));
+        let (signalled, typed) = wait(client, signals, reading.then(|| stdin.as_fd()), console_input)?;
+        console_input.flush();
         if signalled && let Ok(Some(signal)) = signals.read_signal() {
             crate::log::info("run", format_args!("signal {}; the VM ends", signal.ssi_signo));
             return Ok(ExitCode::from(128u8.wrapping_add(u8::try_from(signal.ssi_signo).unwrap_or(0))));
@@ -251,11 +238,11 @@ fn relay(
             let count = stdin.read(&mut data).map_err(system("reading the terminal"))?;
             if count == 0 {
                 reading = false;
-                *console_input = None;
+                console_input.close();
             }
             for typed in keys.feed(&data[..count]) {
                 match typed {
-                    Typed::Bytes(bytes) => feed(console_input, &bytes),
+                    Typed::Bytes(bytes) => console_input.push(&bytes),
                     Typed::PowerButton => press(client)?,
                     Typed::Quit => return Ok(ExitCode::SUCCESS),
                 }
@@ -264,13 +251,27 @@ fn relay(
     }
 }
 
-/// Passes bytes to the guest's console; a guest that reads none any more gets none.
-fn feed(console_input: &mut Option<io::PipeWriter>, bytes: &[u8]) {
-    if let Some(pipe) = console_input
-        && pipe.write_all(bytes).is_err()
-    {
-        *console_input = None;
+/// Waits for the VMM, a signal, the terminal, or room for what was typed; says whether a signal
+/// and whether the terminal is there.
+fn wait(
+    client: &Client,
+    signals: &SignalFd,
+    stdin: Option<BorrowedFd<'_>>,
+    input: &Feed,
+) -> Result<(bool, bool), RunError> {
+    let mut fds =
+        vec![PollFd::new(client.as_fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+    let at = stdin.map(|stdin| {
+        fds.push(PollFd::new(stdin, PollFlags::POLLIN));
+        fds.len() - 1
+    });
+    fds.extend(input.waits().map(|pipe| PollFd::new(pipe, PollFlags::POLLOUT)));
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(nix::Error::EINTR) => {}
+        Err(error) => return Err(system("waiting")(error.into())),
     }
+    let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
+    Ok((ready(1), at.is_some_and(ready)))
 }
 
 fn press(client: &mut Client) -> Result<(), RunError> {

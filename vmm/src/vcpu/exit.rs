@@ -18,7 +18,8 @@ pub(super) enum Step {
     End(EndReason),
 }
 
-static UNMAPPED: log::Limited = log::Limited::new();
+static UNMAPPED_READ: log::Limited = log::Limited::new();
+static UNMAPPED_WRITE: log::Limited = log::Limited::new();
 
 /// Enters the guest until its next exit and serves that.
 pub(super) fn step(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Step {
@@ -50,14 +51,14 @@ pub(super) fn step(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Step {
         Ok(VcpuExit::MmioRead(address, data)) => {
             ExitCounters::count(&counters.mmio);
             if !shared.mmio.read(address, data) {
-                UNMAPPED.warn("vcpu", format_args!("guest read of {address:#x}, where nothing is"));
+                UNMAPPED_READ.warn("vcpu", format_args!("guest read of {address:#x}, where nothing is"));
             }
             Step::Go
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
             ExitCounters::count(&counters.mmio);
             if !shared.mmio.write(address, data) {
-                UNMAPPED.warn("vcpu", format_args!("guest write of {address:#x}, where nothing is"));
+                UNMAPPED_WRITE.warn("vcpu", format_args!("guest write of {address:#x}, where nothing is"));
             }
             Step::Go
         }

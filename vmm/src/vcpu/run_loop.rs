@@ -8,7 +8,9 @@ use kvm_ioctls::VcpuFd;
 use super::exit::{Step, step};
 use super::handle::{Control, KickTarget, Wanted};
 use super::{ExitCounters, Shared};
-use crate::clock;
+use crate::{clock, log};
+
+static UNEXCUSED: log::Limited = log::Limited::new();
 
 /// Runs until told to stop or until the VM ends. Returns on the vCPU's own thread.
 pub(super) fn run(mut vcpu: VcpuFd, index: u8, shared: &Shared, control: &Control) {
@@ -18,6 +20,7 @@ pub(super) fn run(mut vcpu: VcpuFd, index: u8, shared: &Shared, control: &Contro
         if index == 0 && shared.counters.entered_ns.load(Ordering::Relaxed) == 0 {
             shared.counters.entered_ns.store(clock::monotonic_ns(), Ordering::Relaxed);
         }
+        excuse_absence(&vcpu);
         while control.wanted() == Wanted::Run && !shared.end.is_set() {
             match step(&mut vcpu, index, shared) {
                 Step::Go => {}
@@ -31,6 +34,16 @@ pub(super) fn run(mut vcpu: VcpuFd, index: u8, shared: &Shared, control: &Contro
             return;
         }
         complete_access(&mut vcpu, index, shared);
+    }
+}
+
+/// Tells a guest that it may have been stopped for a while, so that its watchdogs do not take the
+/// pause for a lockup. A guest without kvmclock (EINVAL), as before its boot, cannot be told.
+fn excuse_absence(vcpu: &VcpuFd) {
+    if let Err(error) = vcpu.kvmclock_ctrl()
+        && error.errno() != libc::EINVAL
+    {
+        UNEXCUSED.warn("vcpu", format_args!("KVM_KVMCLOCK_CTRL: {error}"));
     }
 }
 

@@ -2,6 +2,8 @@
 //! most often and cost the least to undo, then KVM, devices, firmware tables, vCPUs. The one
 //! module that names concrete devices.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -107,6 +109,7 @@ pub fn build(
         mmio: MmioBus::default(),
         described: Vec::new(),
         subscribers: Vec::new(),
+        lines: Lines::default(),
     };
     let mut pio = PioBus::default();
     let console = place_serial(&mut board, &mut pio, console)?;
@@ -165,14 +168,42 @@ struct Board<'a> {
     mmio: MmioBus,
     described: Vec<MmioDescription>,
     subscribers: Vec<Subscriber>,
+    lines: Lines,
+}
+
+/// The interrupt lines that have an event descriptor. One each: KVM makes an edge of every
+/// signalled descriptor, and of two on one line the second edge may fall into the first and be
+/// lost. One descriptor counts, so nothing is.
+#[derive(Default)]
+struct Lines(BTreeMap<u32, EventFd>);
+
+impl Lines {
+    /// An event descriptor that raises `gsi`; `register` is called with the first one.
+    fn get(
+        &mut self,
+        what: &'static str,
+        gsi: u32,
+        register: impl FnOnce(&EventFd) -> Result<(), BuildError>,
+    ) -> Result<EventFd, BuildError> {
+        let line = match self.0.entry(gsi) {
+            Entry::Occupied(line) => line.into_mut(),
+            Entry::Vacant(place) => {
+                let line = eventfd(what)?;
+                register(&line)?;
+                place.insert(line)
+            }
+        };
+        line.try_clone().map_err(|source| BuildError::EventFd { what, source })
+    }
 }
 
 impl Board<'_> {
     /// An event descriptor that raises an interrupt line.
-    fn interrupt(&self, what: &'static str, gsi: u32) -> Result<EventFd, BuildError> {
-        let line = eventfd(what)?;
-        self.fd.register_irqfd(&line, gsi).map_err(kvm_error("registering an interrupt"))?;
-        Ok(line)
+    fn interrupt(&mut self, what: &'static str, gsi: u32) -> Result<EventFd, BuildError> {
+        let fd = self.fd;
+        self.lines.get(what, gsi, |line| {
+            fd.register_irqfd(line, gsi).map_err(kvm_error("registering an interrupt"))
+        })
     }
 
     /// Puts a device into a slot: registers on the bus, doorbells and interrupt by event
@@ -277,11 +308,60 @@ struct DeviceGauges {
 }
 
 impl Gauges for DeviceGauges {
+    fn unsent(&self) -> u64 {
+        self.vsock.as_ref().map_or(0, VsockHandle::unsent)
+    }
+
+    fn resumed(&self) {
+        if let Some(vsock) = &self.vsock {
+            vsock.resumed();
+        }
+    }
+
     fn vsock(&self) -> VsockMetrics {
         self.vsock.as_ref().map(VsockHandle::metrics).unwrap_or_default()
     }
 
     fn console(&self) -> (u64, u64) {
         (self.console.bytes.load(Ordering::Relaxed), self.console.dropped.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_that_share_a_line_share_its_descriptor() {
+        let (mut lines, mut registered) = (Lines::default(), Vec::new());
+        let mut get = |slot| {
+            let gsi = slots::gsi(slot);
+            lines.get("a test", gsi, |line| {
+                registered.push((gsi, line.try_clone().unwrap()));
+                Ok(())
+            })
+        };
+        let (first, sharer, other) = (get(0).unwrap(), get(18).unwrap(), get(1).unwrap());
+        assert_eq!(registered.iter().map(|(gsi, _)| *gsi).collect::<Vec<_>>(), [6, 7]);
+        first.write(1).unwrap();
+        sharer.write(1).unwrap();
+        assert_eq!(registered[0].1.read().unwrap(), 2, "no edge is lost");
+        assert!(registered[1].1.read().is_err(), "the other line is silent");
+        drop(other);
+    }
+
+    #[test]
+    fn a_line_that_was_not_registered_is_not_kept() {
+        let mut lines = Lines::default();
+        let failed = lines.get("a test", 6, |_| Err(kvm_error("a test")(kvm_ioctls::Error::new(5))));
+        assert!(failed.is_err());
+        let mut registered = false;
+        lines
+            .get("a test", 6, |_| {
+                registered = true;
+                Ok(())
+            })
+            .unwrap();
+        assert!(registered);
     }
 }

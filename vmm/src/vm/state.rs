@@ -1,7 +1,8 @@
 //! A VM's life: configured → running ⇄ paused → ended, and what may be asked of it when.
 //!
 //! Owned by the event loop, on which every device does its work: when a call is served here,
-//! no request is in flight, so "vCPUs parked" is the quiescent point.
+//! no request is in flight, and while the VM is paused the loop lets no device work. So "vCPUs
+//! parked" is the quiescent point, and it lasts.
 
 use std::fs::File;
 use std::io;
@@ -45,9 +46,13 @@ pub trait DiskSlot {
     fn metrics(&self) -> BlkMetrics;
 }
 
-/// Counters of devices.
+/// What the VM reads of its devices and tells them.
 pub trait Gauges {
     fn vsock(&self) -> VsockMetrics;
+    /// Bytes that the guest has sent and host peers have not taken.
+    fn unsent(&self) -> u64;
+    /// The VM goes on after a pause.
+    fn resumed(&self);
     /// Bytes written, bytes dropped.
     fn console(&self) -> (u64, u64);
 }
@@ -86,6 +91,16 @@ impl Vm {
         if self.parts.end.is_set() { VmState::Ended } else { self.state }
     }
 
+    /// Whether it was paused last, also if it has ended since.
+    pub fn is_paused(&self) -> bool {
+        self.state == VmState::Paused
+    }
+
+    /// Bytes that the guest has sent and host peers have not taken.
+    pub fn unsent(&self) -> u64 {
+        self.parts.gauges.unsent()
+    }
+
     fn require(&self, call: &'static str, allowed: &[VmState], mend: &'static str) -> Result<(), StateError> {
         let state = self.state();
         if allowed.contains(&state) { Ok(()) } else { Err(StateError::WrongState { call, state, mend }) }
@@ -113,6 +128,7 @@ impl Vm {
     /// Continues; `shutting_down` says that the power button was pressed before the pause.
     pub fn resume(&mut self, shutting_down: bool) -> Result<(), StateError> {
         self.require("resume", &[VmState::Paused], "only a paused VM can be resumed")?;
+        self.parts.gauges.resumed();
         self.run();
         if shutting_down {
             self.state = VmState::ShuttingDown;

@@ -1,8 +1,9 @@
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Barrier;
 
 use super::*;
 use crate::rootfs::source::Upper;
+use crate::rootfs::{collect_garbage, discard, sweep};
 
 struct Host {
     dir: tempfile::TempDir,
@@ -41,6 +42,10 @@ impl Host {
             lowers: vec![self.path("snapshots/1/fs")],
             upper: Some(Upper { upper: self.path("snapshots/3/fs"), work: self.path("snapshots/3/work") }),
         })
+    }
+
+    fn view(&self) -> Place {
+        self.place(&Source::Overlay { lowers: vec!["/l".into()], upper: None })
     }
 
     fn native(&self) -> Place {
@@ -140,8 +145,113 @@ fn layers_go_with_their_directory_but_not_under_a_running_vm() {
 }
 
 #[test]
-fn a_read_only_view_writes_into_the_sandbox() {
+fn a_layer_outlives_a_reboot_that_has_not_mounted_its_disk_yet() {
     let host = Host::new();
-    let place = host.place(&Source::Overlay { lowers: vec!["/l".into()], upper: None });
-    assert_eq!(place.dir(), host.path("run"));
+    let place = host.native();
+    drop(host.open(&place).unwrap());
+    let (disk, aside) = (host.path("native"), host.path("unmounted"));
+    std::fs::rename(&disk, &aside).unwrap();
+    collect_garbage(&host.path("state"));
+    std::fs::create_dir(&disk).unwrap();
+    collect_garbage(&host.path("state"));
+    std::fs::remove_dir(&disk).unwrap();
+    std::fs::rename(&aside, &disk).unwrap();
+    assert!(place.dir().join(DISK).exists());
+    assert_eq!(host.native().dir(), place.dir());
+}
+
+#[test]
+fn a_directory_that_never_got_its_owner_is_collected_unless_somebody_is_at_it() {
+    let host = Host::new();
+    let dirs = ["torn", "busy", "unreadable", "disk"].map(|name| host.path("state/writable").join(name));
+    for dir in &dirs {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join("base.erofs"), b"").unwrap();
+    }
+    let _preparing = lock::try_directory(&dirs[1]).unwrap();
+    std::fs::write(dirs[2].join(OWNER), b"{").unwrap();
+    std::fs::write(dirs[3].join(DISK), b"data").unwrap();
+    collect_garbage(&host.path("state"));
+    assert_eq!(dirs.map(|dir| dir.exists()), [false, true, true, true]);
+}
+
+#[test]
+fn the_owner_is_there_before_the_disk_and_is_kept_current() {
+    let host = Host::new();
+    let place = host.native();
+    // The golden file system cannot be made: the owner stands already.
+    std::fs::create_dir(host.path("state")).unwrap();
+    std::fs::write(host.path("state/golden"), b"in the way").unwrap();
+    host.open(&place).unwrap_err();
+    assert!(place.dir().join(OWNER).exists() && !place.dir().join(DISK).exists());
+    std::fs::remove_file(host.path("state/golden")).unwrap();
+    std::fs::write(place.dir().join(OWNER), b"of another version").unwrap();
+    host.open(&place).unwrap();
+    assert!(serde_json::from_slice::<Owner>(&std::fs::read(place.dir().join(OWNER)).unwrap()).is_ok());
+}
+
+#[test]
+fn collecting_never_takes_a_layer_from_under_its_maker() {
+    let host = Host::new();
+    let (place, state) = (host.view(), host.path("state"));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                collect_garbage(&state);
+            }
+        });
+        for _ in 0..20 {
+            let disk = host.open(&place).unwrap();
+            let named = std::fs::metadata(place.dir().join(DISK)).unwrap();
+            assert_eq!(named.ino(), disk.metadata().unwrap().ino());
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn half_made_files_are_swept_wherever_a_layer_is() {
+    let host = Host::new();
+    let (native, overlay) = (host.native(), host.overlay());
+    for place in [&native, &overlay] {
+        std::fs::create_dir_all(place.dir()).unwrap();
+        for name in [".tmp-4194303-1-4194303-1-0-upper.erofs", ".lock-upper.erofs"] {
+            std::fs::write(place.dir().join(name), b"").unwrap();
+        }
+    }
+    let names = |place: &Place| std::fs::read_dir(place.dir()).unwrap().count();
+    sweep(&host.path("state"));
+    assert_eq!((names(&native), names(&overlay)), (0, 2));
+    host.open(&overlay).unwrap();
+    assert_eq!(names(&overlay), 1, "the next task sweeps a snapshot's");
+}
+
+#[test]
+fn a_read_only_view_writes_to_a_disk_that_goes_with_its_sandbox() {
+    let host = Host::new();
+    let place = host.view();
+    assert_eq!(place.dir(), host.path("state/ephemeral/default/web"), "on disk, not in /run");
+    let running = host.open(&place).unwrap();
+    running.write_all_at(b"gone with the sandbox", 60 << 20).unwrap();
+    assert!(host.open(&place).unwrap_err().to_string().contains("in use"));
+    discard(place.dir());
+    collect_garbage(&host.path("state"));
+    assert!(place.dir().exists(), "it runs");
+    drop(running);
+    // Another sandbox of that name before anybody swept: nothing of the first one's.
+    let mut bytes = [1; 21];
+    host.open(&place).unwrap().read_exact_at(&mut bytes, 60 << 20).unwrap();
+    assert_eq!(bytes, [0; 21]);
+    collect_garbage(&host.path("state"));
+    assert!(!place.dir().exists());
+}
+
+#[test]
+fn an_identifier_that_is_a_path_is_refused() {
+    for name in ["", "../x", ".hidden", "a/b"] {
+        let message = plain_name(name).unwrap_err().to_string();
+        assert!(message.contains(&format!("{name:?}")), "{message}");
+    }
+    assert_eq!(plain_name("web.1").unwrap(), "web.1");
 }

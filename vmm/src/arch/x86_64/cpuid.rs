@@ -8,10 +8,10 @@ use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Leaves left out: each reads as zero, which is how a CPU says that it lacks the feature.
 /// MONITOR (5), performance counters (0xa, 0x23, 0x80000022), resource control (0xf, 0x10),
-/// SGX (0x12), processor trace (0x14), hybrid (0x1a), LBR (0x1c), SVM (0x8000000a),
+/// SGX (0x12), processor trace (0x14), hybrid (0x1a), LBR (0x1c), AMX (0x1d, 0x1e), SVM (0x8000000a),
 /// IBS (0x8000001b), memory encryption (0x8000001f), bandwidth enforcement (0x80000020), and the
 /// topology leaves that are written anew below or, 0x80000026, have older equivalents.
-const DROPPED: [u32; 16] = [
+const DROPPED: [u32; 18] = [
     0x5,
     0xa,
     0xb,
@@ -21,6 +21,8 @@ const DROPPED: [u32; 16] = [
     0x14,
     0x1a,
     0x1c,
+    0x1d,
+    0x1e,
     0x1f,
     0x23,
     0x8000_000a,
@@ -42,6 +44,11 @@ const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: DS, ACPI (thermal), TM, PBE.
 const LEAF1_EDX_OFF: u32 = 1 << 21 | 1 << 22 | 1 << 29 | 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
+/// Leaf 7 (subleaf 0): SGX in EBX, its launch control in ECX; AMX in EDX (BF16, TILE, INT8), whose
+/// state KVM gives only to a process that asked the kernel for it.
+const LEAF7_EBX_SGX: u32 = 1 << 2;
+const LEAF7_ECX_SGX_LC: u32 = 1 << 30;
+const LEAF7_EDX_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
 /// Leaf 6 EAX: the APIC timer runs in every power state, the one bit that is about timers.
 const LEAF6_EAX_ARAT: u32 = 1 << 2;
 /// Leaf 0x80000001 ECX: CmpLegacy; SVM, IBS, SKINIT, WDT, LWP, performance counter extensions.
@@ -130,6 +137,11 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, vendor: Vendor, vcpus: u8, index: u8, tsc
             leaf.eax &= LEAF6_EAX_ARAT;
             (leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0);
         }
+        0x7 if leaf.index == 0 => {
+            leaf.ebx &= !LEAF7_EBX_SGX;
+            leaf.ecx &= !LEAF7_ECX_SGX_LC;
+            leaf.edx &= !LEAF7_EDX_AMX;
+        }
         KVM_FEATURES_LEAF => leaf.eax &= !KVM_FEATURES_OFF,
         0x8000_0001 => {
             leaf.ecx &= !(EXT1_ECX_OFF | EXT1_ECX_CMP_LEGACY);
@@ -196,6 +208,9 @@ mod tests {
             leaf(4, 4, [0, 0, 0, 0]),
             leaf(5, 0, [64, 64, 3, 0]),
             leaf(6, 0, [0x77, 2, 9, 0]),
+            leaf(7, 0, [2, u32::MAX, u32::MAX, u32::MAX]),
+            leaf(7, 1, [u32::MAX; 4]),
+            leaf(0x1d, 0, [1, 0, 0, 0]),
             leaf(0xa, 0, [0x0830_0802, 0, 0, 0x603]),
             leaf(0xb, 0, [1, 2, 0x100, 77]),
             leaf(KVM_SIGNATURE_LEAF, 0, [KVM_FEATURES_LEAF, word(b"KVMK"), word(b"VMKV"), word(b"M\0\0\0")]),
@@ -298,7 +313,10 @@ mod tests {
     #[test]
     fn features_that_are_not_provided_are_gone() {
         let leaves = for_vcpu(&intel(), 2, 0, true);
-        assert!(!has(&leaves, 5) && !has(&leaves, 0xa));
+        assert!(!has(&leaves, 5) && !has(&leaves, 0xa) && !has(&leaves, 0x1d));
+        let seven = get(&leaves, 7, 0);
+        assert_eq!((seven.eax, seven.ebx, seven.ecx, seven.edx), (2, !(1 << 2), !(1 << 30), !0x0340_0000));
+        assert_eq!(get(&leaves, 7, 1).edx, u32::MAX, "another subleaf, other bits");
         let six = get(&leaves, 6, 0);
         assert_eq!((six.eax, six.ebx, six.ecx, six.edx), (LEAF6_EAX_ARAT, 0, 0, 0));
         assert_eq!(get(&leaves, KVM_FEATURES_LEAF, 0).eax & KVM_FEATURES_OFF, 0);

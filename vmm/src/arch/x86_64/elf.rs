@@ -1,6 +1,7 @@
 //! What must hold for an ELF kernel before it is loaded (System V ABI, chapter 4 and 5). The
-//! file is untrusted: every number in it is checked here, so that the loader's own, terser
-//! errors stay unreachable.
+//! file is untrusted: its header and its loaded segments are checked here, so that the loader's
+//! own, terser errors about those stay unreachable. Notes, of which one may hold the PVH entry
+//! point, are left to the loader.
 
 use std::io::{self, Read, Seek, SeekFrom};
 

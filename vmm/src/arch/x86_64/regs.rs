@@ -128,7 +128,8 @@ pub(super) fn set_fpu(vcpu: &VcpuFd) -> Result<(), SetupError> {
     vcpu.set_fpu(&fpu).map_err(kvm_error("setting the FPU state"))
 }
 
-/// Virtual wire mode: LINT0 takes the PIC's interrupts, LINT1 is the NMI.
+/// The delivery modes of virtual wire mode: LINT0 takes the PIC's interrupts, LINT1 is the NMI.
+/// Masks stay as KVM has them at reset: LINT1's is set until the guest clears it.
 pub(super) fn set_local_apic(vcpu: &VcpuFd) -> Result<(), SetupError> {
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;

@@ -82,7 +82,21 @@ pub struct MmioTransport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueSetup>,
-    limited: Limited,
+    failures: Limited,
+    /// One for each kind of access, by [`Ignored`].
+    ignored: [Limited; 7],
+}
+
+/// Accesses that make no sense, by kind: a flood of one does not hide the others.
+#[derive(Clone, Copy)]
+enum Ignored {
+    Status,
+    Features,
+    QueueReady,
+    QueueSetup,
+    Read,
+    Write,
+    Width,
 }
 
 impl std::fmt::Debug for MmioTransport {
@@ -128,7 +142,8 @@ impl MmioTransport {
             driver_features: 0,
             queue_select: 0,
             queues: vec![QueueSetup::default(); count],
-            limited: Limited::new(),
+            failures: Limited::new(),
+            ignored: Default::default(),
         })
     }
 
@@ -210,13 +225,13 @@ impl MmioTransport {
 
     /// Sets DEVICE_NEEDS_RESET (2.1.2).
     fn fail(&mut self, why: std::fmt::Arguments<'_>) {
-        self.limited.warn(self.device.name(), format_args!("{why}; the device waits for a reset"));
+        self.failures.warn(self.device.name(), format_args!("{why}; the device waits for a reset"));
         self.status |= status::NEEDS_RESET;
         self.irq.config_changed();
     }
 
-    fn ignore(&self, why: std::fmt::Arguments<'_>) {
-        self.limited.warn(self.device.name(), format_args!("ignored: {why}"));
+    fn ignore(&self, kind: Ignored, why: std::fmt::Arguments<'_>) {
+        self.ignored[kind as usize].warn(self.device.name(), format_args!("ignored: {why}"));
     }
 
     fn offered(&self) -> u64 {
@@ -230,7 +245,7 @@ impl MmioTransport {
         }
         let had = self.status & !status::NEEDS_RESET;
         if value & had != had {
-            return self.ignore(format_args!("status {value:#x} clears bits of {had:#x}"));
+            return self.ignore(Ignored::Status, format_args!("status {value:#x} clears bits of {had:#x}"));
         }
         let known =
             status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
@@ -240,7 +255,7 @@ impl MmioTransport {
         }
         let negotiated = (had | added) & status::FEATURES_OK != 0;
         if added & status::DRIVER_OK != 0 && !negotiated {
-            self.ignore(format_args!("DRIVER_OK before FEATURES_OK"));
+            self.ignore(Ignored::Status, format_args!("DRIVER_OK before FEATURES_OK"));
             added &= !status::DRIVER_OK;
         }
         self.status |= added;
@@ -254,10 +269,13 @@ impl MmioTransport {
         let offered = self.offered();
         let surplus = self.driver_features & !offered;
         if surplus != 0 || self.driver_features & F_VERSION_1 == 0 {
-            self.ignore(format_args!(
-                "FEATURES_OK with features {:#x} of the offered {offered:#x}",
-                self.driver_features
-            ));
+            self.ignore(
+                Ignored::Features,
+                format_args!(
+                    "FEATURES_OK with features {:#x} of the offered {offered:#x}",
+                    self.driver_features
+                ),
+            );
             return false;
         }
         true
@@ -319,14 +337,21 @@ impl MmioTransport {
         let index = self.queue_select as usize;
         let (Some(&setup), Some(&max)) = (self.queues.get(index), self.device.queue_sizes().get(index))
         else {
-            return self.ignore(format_args!("QueueReady of queue {index}, which does not exist"));
+            return self.ignore(
+                Ignored::QueueReady,
+                format_args!("QueueReady of queue {index}, which does not exist"),
+            );
         };
         if self.status & status::DRIVER_OK != 0 {
-            return self.ignore(format_args!("QueueReady of queue {index} after DRIVER_OK"));
+            return self
+                .ignore(Ignored::QueueReady, format_args!("QueueReady of queue {index} after DRIVER_OK"));
         }
         if ready {
             if self.status & status::FEATURES_OK == 0 {
-                return self.ignore(format_args!("QueueReady of queue {index} before FEATURES_OK"));
+                return self.ignore(
+                    Ignored::QueueReady,
+                    format_args!("QueueReady of queue {index} before FEATURES_OK"),
+                );
             }
             if let Err(detail) = self.build_queue(&setup, max) {
                 return self.fail(format_args!("queue {index} refused: {detail}"));

@@ -5,13 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::Queue;
 
-use super::request::{self, Outcome};
+use super::request::{self, Outcome, Warnings};
 use super::spec;
 use crate::api::BlkMetrics;
 use crate::backend::disk::{DiskError, RawDisk};
 use crate::devices::virtio::queue::DeviceQueue;
 use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice};
-use crate::log::Limited;
 
 const DEVICE: &str = "blk";
 /// Bytes moved in one call before other devices get their turn, and before the guest is told
@@ -48,7 +47,7 @@ pub struct Blk {
     read_only: bool,
     slot: Arc<Mutex<Slot>>,
     active: Option<(ActiveContext, DeviceQueue)>,
-    limited: Limited,
+    warnings: Warnings,
 }
 
 /// The control plane's end of a slot; cheap to clone, usable from any thread, before and
@@ -114,7 +113,13 @@ impl Blk {
         let name = format!("{DEVICE}-{serial}");
         let metrics = BlkMetrics { serial: serial.clone(), ..BlkMetrics::default() };
         let slot = Slot { serial, read_only, metrics, ..Slot::default() };
-        Self { name, read_only, slot: Arc::new(Mutex::new(slot)), active: None, limited: Limited::new() }
+        Self {
+            name,
+            read_only,
+            slot: Arc::new(Mutex::new(slot)),
+            active: None,
+            warnings: Warnings::default(),
+        }
     }
 
     pub fn handle(&self) -> BlkHandle {
@@ -173,10 +178,9 @@ impl VirtioDevice for Blk {
                 }
                 break Pending::NONE;
             };
-            let Outcome { written, moved } = request::serve(&chain, &mut slot, context.features, |reason| {
-                self.limited.warn(&self.name, reason);
-            })
-            .ok_or_else(|| queue.driver_error("request has no room for a status"))?;
+            let Outcome { written, moved } =
+                request::serve(&chain, &mut slot, context.features, &self.name, &self.warnings)
+                    .ok_or_else(|| queue.driver_error("request has no room for a status"))?;
             queue.complete(memory, chain.head, written)?;
             completed = true;
             requests -= 1;

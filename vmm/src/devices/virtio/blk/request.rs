@@ -4,7 +4,6 @@
 //! sectors) is answered with an error status. Only one that has nowhere to put a status is a
 //! driver error.
 
-use std::fmt::Arguments;
 use std::io;
 
 use super::device::Slot;
@@ -12,13 +11,23 @@ use super::metrics;
 use super::spec::{self, Status, kind};
 use crate::backend::disk::{self, RawDisk, SECTOR};
 use crate::devices::virtio::queue::{Buffers, Chain};
+use crate::log::Limited;
 
 /// A served request.
 pub(super) struct Outcome {
-    /// Bytes written to the chain's writable part, status included.
+    /// Bytes written to the chain's writable part from its start, the status included if there is
+    /// no gap before it.
     pub(super) written: usize,
     /// Bytes that it cost to serve it, for the caller's budget.
     pub(super) moved: usize,
+}
+
+/// One limiter for each kind of fault, so that a flood of one does not hide the others.
+#[derive(Default)]
+pub(super) struct Warnings {
+    bad: Limited,
+    no_disk: Limited,
+    host: Limited,
 }
 
 /// Why a request failed.
@@ -32,13 +41,14 @@ enum Fault {
     Host(&'static str, io::Error),
 }
 
-/// Serves the request; `None` when there is no room for a status byte. `warn` is called
-/// with what went wrong.
+/// Serves the request; `None` when there is no room for a status byte. What goes wrong is logged
+/// in the name of `device`.
 pub(super) fn serve(
     chain: &Chain<'_>,
     slot: &mut Slot,
     features: u64,
-    warn: impl FnOnce(Arguments<'_>),
+    device: &str,
+    warnings: &Warnings,
 ) -> Option<Outcome> {
     let room = chain.writable.len().checked_sub(1)?;
     let mut header = [0; spec::HEADER];
@@ -60,9 +70,11 @@ pub(super) fn serve(
             let (sector, bytes) = (request.sector, request.out.len().max(room));
             let what = format_args!("request type {kind} at sector {sector}, {bytes} bytes");
             match &fault {
-                Fault::Bad(why) => warn(format_args!("{what}: {why}")),
-                Fault::NoDisk => warn(format_args!("{what}: no disk is attached")),
-                Fault::Host(operation, error) => warn(format_args!("{what}: {operation}: {error}")),
+                Fault::Bad(why) => warnings.bad.warn(device, format_args!("{what}: {why}")),
+                Fault::NoDisk => warnings.no_disk.warn(device, format_args!("{what}: no disk is attached")),
+                Fault::Host(operation, error) => {
+                    warnings.host.warn(device, format_args!("{what}: {operation}: {error}"));
+                }
                 Fault::Unsupported => {}
             }
             (if matches!(fault, Fault::Unsupported) { Status::Unsupported } else { Status::IoErr }, 0)
@@ -70,8 +82,9 @@ pub(super) fn serve(
     };
     metrics::count(&mut slot.metrics, kind, moved, status == Status::Ok);
     chain.writable.write_at(room, &[status as u8]);
-    let filled = matches!(kind, kind::IN | kind::GET_ID) && status == Status::Ok;
-    Some(Outcome { written: if filled { moved + 1 } else { 1 }, moved })
+    let filled = if matches!(kind, kind::IN | kind::GET_ID) { moved } else { 0 };
+    // Only what was written without a gap from the start counts (2.7.8.2); the status is last.
+    Some(Outcome { written: if filled == room { room + 1 } else { filled }, moved })
 }
 
 struct Request<'m> {
@@ -98,6 +111,9 @@ fn bytes_on_disk(disk: &RawDisk, sector: u64, bytes: usize) -> Result<u64, Fault
     if !bytes.is_multiple_of(SECTOR) {
         return Err(Fault::Bad("length is not a multiple of 512"));
     }
+    if bytes > spec::MAX_REQUEST as u64 {
+        return Err(Fault::Bad("request is larger than size_max times seg_max"));
+    }
     on_disk(disk, sector, bytes / SECTOR)
 }
 
@@ -117,17 +133,32 @@ impl Request<'_> {
             kind::OUT => {
                 writable()?;
                 let offset = bytes_on_disk(disk, self.sector, self.out.len())?;
-                disk.write(offset, self.out.slices()).map_err(|error| Fault::Host("write", error))
+                let moved =
+                    disk.write(offset, self.out.slices()).map_err(|error| Fault::Host("write", error))?;
+                self.write_through(disk)?;
+                Ok(moved)
             }
             // A read-only disk has nothing to flush.
             kind::FLUSH if slot.read_only => Ok(0),
             kind::FLUSH => disk.flush().map(|()| 0).map_err(|error| Fault::Host("flush", error)),
             kind::DISCARD | kind::WRITE_ZEROES => {
                 writable()?;
-                self.clear(disk)
+                let cost = self.clear(disk)?;
+                if self.kind == kind::WRITE_ZEROES {
+                    self.write_through(disk)?;
+                }
+                Ok(cost)
             }
             _ => Err(Fault::Unsupported),
         }
+    }
+
+    /// A driver that does not know FLUSH relies on every write being durable (5.2.6.2).
+    fn write_through(&self, disk: &RawDisk) -> Result<(), Fault> {
+        if self.features & spec::F_FLUSH != 0 {
+            return Ok(());
+        }
+        disk.flush().map_err(|error| Fault::Host("flush after a write", error))
     }
 
     fn get_id(&self, serial: &str) -> Result<usize, Fault> {
@@ -143,17 +174,17 @@ impl Request<'_> {
     /// Discard and write-zeroes: all ranges are checked before the first is touched.
     fn clear(&self, disk: &RawDisk) -> Result<usize, Fault> {
         let discard = self.kind == kind::DISCARD;
-        let (feature, max_sectors) = if discard {
-            (spec::F_DISCARD, spec::MAX_DISCARD_SECTORS)
+        let (feature, max_sectors, max_ranges) = if discard {
+            (spec::F_DISCARD, spec::MAX_DISCARD_SECTORS, spec::MAX_RANGES)
         } else {
-            (spec::F_WRITE_ZEROES, spec::MAX_WRITE_ZEROES_SECTORS)
+            (spec::F_WRITE_ZEROES, spec::MAX_WRITE_ZEROES_SECTORS, spec::MAX_WRITE_ZEROES_RANGES)
         };
         if self.features & feature == 0 {
             return Err(Fault::Unsupported);
         }
         let len = self.out.len();
-        if len == 0 || !len.is_multiple_of(spec::RANGE) || len > spec::MAX_RANGES_LEN {
-            return Err(Fault::Bad("ranges are not 1 to 16 times 16 bytes"));
+        if len == 0 || !len.is_multiple_of(spec::RANGE) || len > max_ranges as usize * spec::RANGE {
+            return Err(Fault::Bad("ranges are not whole ones of 16 bytes, from 1 to the device's maximum"));
         }
         let mut raw = [0; spec::MAX_RANGES_LEN];
         self.out.read_at(0, &mut raw[..len]);

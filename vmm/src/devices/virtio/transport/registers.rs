@@ -1,6 +1,6 @@
 //! The register file (virtio 1.2, 4.2.2, table 4.1).
 
-use super::{MmioTransport, QueueSetup, status};
+use super::{Ignored, MmioTransport, QueueSetup, status};
 use crate::bus::MmioDevice;
 
 /// "virt", little-endian.
@@ -75,7 +75,10 @@ impl MmioTransport {
             offset::SHM_LEN_LOW..=offset::SHM_BASE_HIGH => u32::MAX,
             offset::CONFIG_GENERATION => self.irq.generation(),
             _ => {
-                self.ignore(format_args!("read of register {offset:#x}, which is not readable"));
+                self.ignore(
+                    Ignored::Read,
+                    format_args!("read of register {offset:#x}, which is not readable"),
+                );
                 0
             }
         }
@@ -99,19 +102,23 @@ impl MmioTransport {
             offset::QUEUE_DEVICE_LOW => self.set_up_queue(|queue| low(&mut queue.used, value)),
             offset::QUEUE_DEVICE_HIGH => self.set_up_queue(|queue| high(&mut queue.used, value)),
             offset::SHM_SEL => {}
-            _ => self
-                .ignore(format_args!("write of {value:#x} to register {offset:#x}, which is not writable")),
+            _ => self.ignore(
+                Ignored::Write,
+                format_args!("write of {value:#x} to register {offset:#x}, which is not writable"),
+            ),
         }
     }
 
     fn accept_features(&mut self, value: u32) {
         if self.status & status::FEATURES_OK != 0 {
-            return self.ignore(format_args!("DriverFeatures after FEATURES_OK"));
+            return self.ignore(Ignored::Features, format_args!("DriverFeatures after FEATURES_OK"));
         }
         match self.driver_features_select {
             0 => low(&mut self.driver_features, value),
             1 => high(&mut self.driver_features, value),
-            select if value != 0 => self.ignore(format_args!("DriverFeatures of word {select}")),
+            select if value != 0 => {
+                self.ignore(Ignored::Features, format_args!("DriverFeatures of word {select}"))
+            }
             _ => {}
         }
     }
@@ -120,8 +127,11 @@ impl MmioTransport {
         let index = self.queue_select;
         match self.queues.get_mut(index as usize) {
             Some(queue) if !queue.ready => change(queue),
-            Some(_) => self.ignore(format_args!("set-up of queue {index}, which is ready")),
-            None => self.ignore(format_args!("set-up of queue {index}, which does not exist")),
+            Some(_) => {
+                self.ignore(Ignored::QueueSetup, format_args!("set-up of queue {index}, which is ready"))
+            }
+            None => self
+                .ignore(Ignored::QueueSetup, format_args!("set-up of queue {index}, which does not exist")),
         }
     }
 }
@@ -135,7 +145,7 @@ impl MmioDevice for MmioTransport {
             *word = self.read_register(offset).to_le_bytes();
         } else {
             // 4.2.2.2: only aligned 32-bit accesses.
-            self.ignore(format_args!("read of {} bytes at register {offset:#x}", data.len()));
+            self.ignore(Ignored::Width, format_args!("read of {} bytes at register {offset:#x}", data.len()));
         }
     }
 
@@ -145,7 +155,10 @@ impl MmioDevice for MmioTransport {
         } else if let (Ok(word), true) = (<[u8; 4]>::try_from(data), offset.is_multiple_of(4)) {
             self.write_register(offset, u32::from_le_bytes(word));
         } else {
-            self.ignore(format_args!("write of {} bytes at register {offset:#x}", data.len()));
+            self.ignore(
+                Ignored::Width,
+                format_args!("write of {} bytes at register {offset:#x}", data.len()),
+            );
         }
     }
 }

@@ -4,7 +4,9 @@
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
 use std::net::Shutdown;
+use std::sync::Arc;
 
+use super::metrics::Counters;
 use super::spec::{
     BUF_ALLOC, CREDIT_STEP, HOST_CID, Header, MAX_PAYLOAD, SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_STREAM, op,
 };
@@ -32,6 +34,42 @@ pub(super) enum Phase {
 /// The guest has used more than its credit.
 #[derive(Debug)]
 pub(super) struct Overrun;
+
+/// Bytes of the guest that the host peer has not taken, counted for the device as a whole.
+#[derive(Debug)]
+struct Backlog {
+    bytes: VecDeque<u8>,
+    counters: Arc<Counters>,
+}
+
+impl Backlog {
+    fn extend(&mut self, bytes: &[u8]) {
+        self.bytes.extend(bytes);
+        self.counters.add_unsent(bytes.len());
+    }
+
+    fn take(&mut self, count: usize) {
+        self.bytes.drain(..count);
+        self.counters.subtract_unsent(count);
+        if self.bytes.is_empty() {
+            self.bytes.shrink_to(0);
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+}
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        self.counters.subtract_unsent(self.len());
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -61,7 +99,7 @@ pub(super) struct Connection {
     guest_sends: bool,
     /// The host peer has been shown the guest's end. Once only: showing it wakes the poller.
     end_shown: bool,
-    buffer: VecDeque<u8>,
+    buffer: Backlog,
     forwarded: u32,
     forwarded_told: u32,
 
@@ -72,7 +110,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    fn new(stream: Stream, phase: Phase, key: Key, from_guest: bool) -> Self {
+    fn new(stream: Stream, phase: Phase, key: Key, from_guest: bool, counters: Arc<Counters>) -> Self {
         Self {
             stream,
             phase,
@@ -90,7 +128,7 @@ impl Connection {
             host_deaf: false,
             guest_sends: true,
             end_shown: false,
-            buffer: VecDeque::new(),
+            buffer: Backlog { bytes: VecDeque::new(), counters },
             forwarded: 0,
             forwarded_told: 0,
             owes_request: false,
@@ -101,13 +139,13 @@ impl Connection {
     }
 
     /// A host client just accepted.
-    pub(super) fn greeting(stream: Stream) -> Self {
-        Self::new(stream, Phase::Greeting, Key { host_port: 0, guest_port: 0 }, false)
+    pub(super) fn greeting(stream: Stream, counters: Arc<Counters>) -> Self {
+        Self::new(stream, Phase::Greeting, Key { host_port: 0, guest_port: 0 }, false, counters)
     }
 
     /// The guest asked for it, and gets its answer.
-    pub(super) fn accepted(stream: Stream, key: Key, request: &Header) -> Self {
-        let mut connection = Self::new(stream, Phase::Open, key, true);
+    pub(super) fn accepted(stream: Stream, key: Key, request: &Header, counters: Arc<Counters>) -> Self {
+        let mut connection = Self::new(stream, Phase::Open, key, true, counters);
         connection.owes_response = true;
         connection.update_credit(request);
         connection
@@ -292,8 +330,9 @@ impl Connection {
     /// The host peer receives no more: what waits for it is dropped, as consumed.
     fn deafen(&mut self) {
         self.host_deaf = true;
-        self.forward(self.buffer.len());
-        self.buffer = VecDeque::new();
+        let dropped = self.buffer.len();
+        self.buffer.take(dropped);
+        self.forward(dropped);
     }
 
     /// `count` bytes of the guest left our hands.
@@ -309,17 +348,16 @@ impl Connection {
     /// the poller saw the peer gone.
     pub(super) fn flush(&mut self, closed: bool) {
         while !self.buffer.is_empty() && self.writable && !self.host_deaf {
-            let (front, back) = self.buffer.as_slices();
+            let (front, back) = self.buffer.bytes.as_slices();
             match self.stream.send(&[IoSlice::new(front), IoSlice::new(back)]) {
                 Ok(count) => {
-                    self.buffer.drain(..count);
+                    self.buffer.take(count);
                     self.forward(count);
                 }
                 Err(error) => self.send_failed(&error),
             }
         }
         if self.buffer.is_empty() {
-            self.buffer.shrink_to(0);
             if closed && self.guest_sends {
                 self.deafen();
             } else if !self.guest_sends && !self.end_shown {

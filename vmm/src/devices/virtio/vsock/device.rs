@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_queue::Queue;
 
@@ -16,8 +17,9 @@ use crate::devices::virtio::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch};
 
 const DEVICE: &str = "vsock";
-/// Packets per call and direction before other devices get their turn.
-const BUDGET: usize = 256;
+/// Packets per call and direction before other devices get their turn. One call sees a whole
+/// queue, which [`Vsock::expire`] counts on.
+const BUDGET: usize = spec::QUEUE_SIZES[TX as usize] as usize;
 
 /// Why a socket device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,16 @@ impl VsockHandle {
     pub fn metrics(&self) -> VsockMetrics {
         self.0.snapshot()
     }
+
+    /// The VM goes on after a pause: handshakes under way get their whole time anew.
+    pub fn resumed(&self) {
+        self.0.note_resumed();
+    }
+
+    /// Bytes of the guest that wait for host peers to take them.
+    pub fn unsent(&self) -> u64 {
+        self.0.unsent()
+    }
 }
 
 impl std::fmt::Debug for Vsock {
@@ -89,9 +101,10 @@ impl Vsock {
         VsockHandle(self.counters.clone())
     }
 
-    /// How long a handshake may take (10 s unless set).
-    pub fn set_handshake_timeout(&mut self, timeout: std::time::Duration) {
-        self.muxer.handshake_timeout = timeout;
+    /// How long a host client may take to say where to (10 s unless set), and the guest to
+    /// answer (60 s).
+    pub fn set_handshake_timeouts(&mut self, greeting: Duration, connecting: Duration) {
+        self.muxer.set_patience(greeting, connecting);
     }
 
     /// Connections that are open or being opened.
@@ -204,6 +217,18 @@ impl Vsock {
         Ok(pending)
     }
 
+    /// Ends late handshakes. The answers that the guest has already given are taken up before, so
+    /// that time which this process did not get is not held against the guest.
+    fn expire(&mut self) -> Result<Pending, DeviceError> {
+        let mut pending = Pending::NONE;
+        if self.tx_stalled {
+            pending = pending.with(self.pump_rx()?);
+        }
+        pending = pending.with(self.process_tx()?);
+        self.muxer.expire(Instant::now());
+        Ok(pending)
+    }
+
     /// Delivers what there is; lets stalled packets of the guest go on.
     fn pump(&mut self, pending: Pending) -> Result<Pending, DeviceError> {
         let pending = pending.with(self.pump_rx()?);
@@ -297,6 +322,7 @@ impl VirtioDevice for Vsock {
             detail: "poll sockets".into(),
             source,
         })?;
-        self.pump(Pending::NONE)
+        let pending = if self.muxer.timer_fired() { self.expire()? } else { Pending::NONE };
+        self.pump(pending)
     }
 }

@@ -1,6 +1,9 @@
-//! Counters of the device, as `api::VsockMetrics` reports them; read from any thread.
+//! Counters of the device, as `api::VsockMetrics` reports them, and what else the control plane
+//! and the device tell each other; usable from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::api::VsockMetrics;
 
@@ -14,6 +17,10 @@ pub(super) struct Counters {
     rx_bytes: AtomicU64,
     /// Payload from the guest.
     tx_bytes: AtomicU64,
+    /// Of those, the ones that wait for host peers to take them.
+    unsent: AtomicU64,
+    /// When the VM was resumed last.
+    resumed: Mutex<Option<Instant>>,
 }
 
 impl Counters {
@@ -31,6 +38,26 @@ impl Counters {
 
     pub(super) fn sent_by_guest(&self, bytes: usize) {
         self.tx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_unsent(&self, bytes: usize) {
+        self.unsent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn subtract_unsent(&self, bytes: usize) {
+        self.unsent.fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn unsent(&self) -> u64 {
+        self.unsent.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_resumed(&self) {
+        *self.resumed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    pub(super) fn resumed(&self) -> Option<Instant> {
+        *self.resumed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn snapshot(&self) -> VsockMetrics {

@@ -27,8 +27,11 @@ pub(super) const MAX_FROM_GUEST: usize = 128;
 pub(super) const MAX_PENDING: usize = 64;
 /// Most answers that wait for the guest's receive buffers before its packets wait too.
 const MAX_REPLIES: usize = 256;
-/// How long a host client may take to say where to, and the guest to answer.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a host client may take to say where to.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the guest may take to answer. Its kernel needs CPU time of its own for that, which a
+/// busy or emulated host may not give it for long.
+const CONNECTING_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest `CONNECT <port>\n`.
 const MAX_GREETING: usize = 32;
 /// Host ports of connections that host clients open.
@@ -43,6 +46,51 @@ const NAME: &str = "vsock";
 /// Called with the port and the host's end of a connection that the guest opened.
 pub(super) type OnConnection = Box<dyn FnMut(u32, UnixStream) + Send>;
 
+/// Handshakes of one phase, in the order of their deadlines.
+struct Deadlines {
+    patience: Duration,
+    waiting: VecDeque<(Instant, Token)>,
+}
+
+impl Deadlines {
+    fn new(patience: Duration) -> Self {
+        Self { patience, waiting: VecDeque::new() }
+    }
+
+    fn next(&self) -> Option<Instant> {
+        self.waiting.front().map(|&(deadline, _)| deadline)
+    }
+
+    /// Gives every handshake its whole time from `since` on.
+    fn restart(&mut self, since: Instant) {
+        let earliest = since + self.patience;
+        for (deadline, _) in &mut self.waiting {
+            *deadline = earliest.max(*deadline);
+        }
+    }
+}
+
+/// One limiter for each kind of warning, so that a flood of one does not hide the others.
+#[derive(Default)]
+struct Warnings {
+    foreign_source: Limited,
+    foreign_packet: Limited,
+    guest_refused: Limited,
+    guest_unserved: Limited,
+    short_packet: Limited,
+    overrun: Limited,
+    misfit: Limited,
+    accept: Limited,
+    too_many: Limited,
+    watch: Limited,
+    no_greeting: Limited,
+    greeting: Limited,
+    refused_by_guest: Limited,
+    silent_client: Limited,
+    silent_guest: Limited,
+    timer: Limited,
+}
+
 pub(super) struct Muxer {
     guest_cid: u64,
     host_ports: HashSet<u32>,
@@ -50,15 +98,16 @@ pub(super) struct Muxer {
     listener: Listener,
     poller: Poller,
     timer: TimerFd,
-    pub(super) handshake_timeout: Duration,
     table: Table,
     from_guest: usize,
     /// Connections in phase Greeting or Connecting.
     pending: usize,
     /// The listener may have clients that were not accepted for want of room.
     backlog: bool,
-    /// Handshakes in the order of their deadlines.
-    deadlines: VecDeque<(Instant, Token)>,
+    greetings: Deadlines,
+    requests: Deadlines,
+    /// The timer has fired since [`Self::expire`] was called last.
+    timer_fired: bool,
     /// Connections that have something for the guest, each once, in turn.
     ready: VecDeque<Token>,
     /// Answers that belong to no connection.
@@ -66,7 +115,7 @@ pub(super) struct Muxer {
     next_host_port: u32,
     active: bool,
     counters: Arc<Counters>,
-    limited: Limited,
+    warnings: Warnings,
 }
 
 impl Muxer {
@@ -89,18 +138,19 @@ impl Muxer {
             listener,
             poller,
             timer,
-            handshake_timeout: HANDSHAKE_TIMEOUT,
             table: Table::default(),
             from_guest: 0,
             pending: 0,
             backlog: false,
-            deadlines: VecDeque::new(),
+            greetings: Deadlines::new(GREETING_TIMEOUT),
+            requests: Deadlines::new(CONNECTING_TIMEOUT),
+            timer_fired: false,
             ready: VecDeque::new(),
             replies: VecDeque::new(),
             next_host_port: FIRST_HOST_PORT,
             active: false,
             counters,
-            limited: Limited::new(),
+            warnings: Warnings::default(),
         })
     }
 
@@ -121,7 +171,14 @@ impl Muxer {
         }
         self.ready.clear();
         self.replies.clear();
-        self.deadlines.clear();
+        self.greetings.waiting.clear();
+        self.requests.waiting.clear();
+    }
+
+    /// How long a host client may take to say where to, and the guest to answer.
+    pub(super) fn set_patience(&mut self, greeting: Duration, connecting: Duration) {
+        self.greetings.patience = greeting;
+        self.requests.patience = connecting;
     }
 
     // ---- connections -------------------------------------------------------------------
@@ -220,12 +277,14 @@ impl Muxer {
         if header.src_cid != self.guest_cid {
             let (cid, own) = (header.src_cid, self.guest_cid);
             return self
-                .limited
+                .warnings
+                .foreign_source
                 .warn(NAME, format_args!("packet from cid {cid} dropped: the guest's is {own}"));
         }
         if header.kind != TYPE_STREAM || header.dst_cid != HOST_CID {
             let (kind, cid) = (header.kind, header.dst_cid);
-            self.limited
+            self.warnings
+                .foreign_packet
                 .warn(NAME, format_args!("packet of type {kind} to cid {cid} refused: only type 1 to cid 2"));
             if header.op != op::RST {
                 self.reply(header.reset_reply());
@@ -252,14 +311,14 @@ impl Muxer {
             None
         };
         if let Some(why) = refuse {
-            self.limited.warn(
+            self.warnings.guest_refused.warn(
                 NAME,
                 format_args!("connection of the guest to host port {} refused: {why}", key.host_port),
             );
             return self.reply(header.reset_reply());
         }
         let opened = Stream::pair().and_then(|(ours, theirs)| {
-            let token = self.insert(Connection::accepted(ours, key, header))?;
+            let token = self.insert(Connection::accepted(ours, key, header, Arc::clone(&self.counters)))?;
             Ok((token, theirs))
         });
         match opened {
@@ -270,7 +329,7 @@ impl Muxer {
                 self.enqueue(token);
             }
             Err(error) => {
-                self.limited.warn(
+                self.warnings.guest_unserved.warn(
                     NAME,
                     format_args!("connection of the guest to host port {}: {error}", key.host_port),
                 );
@@ -284,7 +343,17 @@ impl Muxer {
         let Some(connection) = self.table.get(token) else { return };
         connection.update_credit(header);
         match (connection.phase, op) {
-            (_, op::RST) => {
+            (phase, op::RST) => {
+                if phase == Phase::Connecting {
+                    let port = connection.key.guest_port;
+                    self.warnings.refused_by_guest.warn(
+                        NAME,
+                        format_args!(
+                            "the guest refused a connection to its port {port}: nothing listens there, \
+                             or its backlog is full"
+                        ),
+                    );
+                }
                 self.counters.reset();
                 self.release(token);
             }
@@ -303,13 +372,13 @@ impl Muxer {
                 let len = header.len as usize;
                 if len > data.len() {
                     let there = data.len();
-                    self.limited.warn(
+                    self.warnings.short_packet.warn(
                         NAME,
                         format_args!("packet of {len} bytes has only {there}; its connection is reset"),
                     );
                     self.abort(token);
                 } else if connection.consume(&data.range(0, len)).is_err() {
-                    self.limited.warn(
+                    self.warnings.overrun.warn(
                         NAME,
                         format_args!(
                             "the guest sent without credit or after its end; the connection is reset"
@@ -328,7 +397,7 @@ impl Muxer {
                 }
             }
             (phase, op) => {
-                self.limited.warn(
+                self.warnings.misfit.warn(
                     NAME,
                     format_args!("operation {op} does not fit a connection in phase {phase:?}; it is reset"),
                 );
@@ -371,7 +440,7 @@ impl Muxer {
         for event in events {
             match event.token {
                 LISTENER => self.backlog = true,
-                TIMER => self.expire(Instant::now()),
+                TIMER => self.timer_fired = true,
                 _ => self.socket_event(event),
             }
         }
@@ -409,19 +478,21 @@ impl Muxer {
                 }
                 Err(error) => {
                     // For want of descriptors, mostly; the next event tries again.
-                    self.limited
+                    self.warnings
+                        .accept
                         .warn(NAME, format_args!("accept a host client: {error} (raise RLIMIT_NOFILE?)"));
                     return;
                 }
             };
             if self.table.len() >= MAX_CONNECTIONS {
-                self.limited
+                self.warnings
+                    .too_many
                     .warn(NAME, format_args!("host client refused: {MAX_CONNECTIONS} connections are open"));
                 continue;
             }
-            match self.insert(Connection::greeting(stream)) {
-                Ok(token) => self.set_deadline(token),
-                Err(error) => self.limited.warn(NAME, format_args!("watch a host client: {error}")),
+            match self.insert(Connection::greeting(stream, Arc::clone(&self.counters))) {
+                Ok(token) => self.set_deadline(token, Phase::Greeting),
+                Err(error) => self.warnings.watch.warn(NAME, format_args!("watch a host client: {error}")),
             }
         }
     }
@@ -437,7 +508,9 @@ impl Muxer {
         };
         let Some(end) = line[..seen].iter().position(|&byte| byte == b'\n') else {
             if seen == 0 || seen == MAX_GREETING {
-                self.limited.warn(NAME, format_args!("host client dropped: it did not say CONNECT <port>"));
+                self.warnings
+                    .no_greeting
+                    .warn(NAME, format_args!("host client dropped: it did not say CONNECT <port>"));
                 self.remove(token);
             }
             return;
@@ -447,14 +520,14 @@ impl Muxer {
         let (Some(guest_port), Ok(_), true) = (port, taken, self.active) else {
             let line = String::from_utf8_lossy(&line[..end]).escape_default().to_string();
             let why = if port.is_none() { "not CONNECT <port>" } else { "the guest's driver is not ready" };
-            self.limited.warn(NAME, format_args!("host client dropped: {line:?}: {why}"));
+            self.warnings.greeting.warn(NAME, format_args!("host client dropped: {line:?}: {why}"));
             return self.remove(token);
         };
         let Some(key) = self.free_key(guest_port) else { return self.remove(token) };
         if let Some(connection) = self.table.get(token) {
             connection.connect(key);
             self.table.name(token, key);
-            self.set_deadline(token);
+            self.set_deadline(token, Phase::Connecting);
         }
     }
 
@@ -473,44 +546,71 @@ impl Muxer {
 
     // ---- deadlines ---------------------------------------------------------------------
 
-    fn set_deadline(&mut self, token: Token) {
-        self.deadlines.push_back((Instant::now() + self.handshake_timeout, token));
-        if self.deadlines.len() == 1 {
+    fn set_deadline(&mut self, token: Token, phase: Phase) {
+        let list = if phase == Phase::Greeting { &mut self.greetings } else { &mut self.requests };
+        list.waiting.push_back((Instant::now() + list.patience, token));
+        if list.waiting.len() == 1 {
             self.arm();
         }
     }
 
     fn arm(&mut self) {
-        let Some(&(deadline, _)) = self.deadlines.front() else { return };
+        let Some(deadline) = self.greetings.next().into_iter().chain(self.requests.next()).min() else {
+            return;
+        };
         // Zero would disarm it. The timer is never read: setting it forgets its expiry.
         let wait = deadline.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
         if let Err(error) = self.timer.reset(wait, None) {
-            self.limited.warn(NAME, format_args!("set the handshake timer: {error}"));
+            self.warnings.timer.warn(NAME, format_args!("set the handshake timer: {error}"));
         }
     }
 
-    fn expire(&mut self, now: Instant) {
-        while let Some(&(deadline, token)) = self.deadlines.front() {
-            let phase = self.table.get(token).map(|connection| connection.phase);
-            let waiting = matches!(phase, Some(Phase::Greeting | Phase::Connecting));
-            if waiting && deadline > now {
-                break;
-            }
-            self.deadlines.pop_front();
-            // A client that has said where to has a second, later deadline in the list.
-            let superseded =
-                phase == Some(Phase::Connecting) && self.deadlines.iter().any(|later| later.1 == token);
-            if waiting && !superseded {
-                self.limited.warn(
-                    NAME,
-                    format_args!(
-                        "handshake in phase {phase:?} not finished in time; the connection is closed"
-                    ),
-                );
-                self.abort(token);
-            }
+    /// The timer has fired: [`Self::expire`] is due, once all that the guest sent was taken up.
+    pub(super) fn timer_fired(&self) -> bool {
+        self.timer_fired
+    }
+
+    /// Ends the handshakes that are late.
+    pub(super) fn expire(&mut self, now: Instant) {
+        self.timer_fired = false;
+        if let Some(resumed) = self.counters.resumed() {
+            // Neither the guest nor this device did anything while the VM was paused.
+            self.greetings.restart(resumed);
+            self.requests.restart(resumed);
+        }
+        while let Some(token) = self.late(Phase::Greeting, now) {
+            self.warnings
+                .silent_client
+                .warn(NAME, format_args!("host client dropped: it did not say CONNECT <port> in time"));
+            self.abort(token);
+        }
+        while let Some(token) = self.late(Phase::Connecting, now) {
+            let port = self.table.get(token).map_or(0, |connection| connection.key.guest_port);
+            self.warnings.silent_guest.warn(
+                NAME,
+                format_args!(
+                    "the guest did not answer a connection to its port {port} in time; it is closed"
+                ),
+            );
+            self.abort(token);
         }
         self.arm();
+    }
+
+    /// The next connection that is still in `phase` although its deadline has passed.
+    fn late(&mut self, phase: Phase, now: Instant) -> Option<Token> {
+        let list = if phase == Phase::Greeting { &mut self.greetings } else { &mut self.requests };
+        while let Some(&(deadline, token)) = list.waiting.front() {
+            let waits = self.table.get(token).is_some_and(|connection| connection.phase == phase);
+            if waits && deadline > now {
+                return None;
+            }
+            list.waiting.pop_front();
+            if waits {
+                return Some(token);
+            }
+        }
+        None
     }
 }
 

@@ -95,9 +95,14 @@ impl Guest {
         client
     }
 
+    /// Whether a socket or a deadline wants to be served, after waiting at most so long for it.
+    pub(crate) fn ready(&self, milliseconds: i32) -> bool {
+        poll_readable(self.fd, milliseconds)
+    }
+
     /// Serves sockets once, waiting at most so long for one to become ready.
     pub(crate) fn serve(&mut self, milliseconds: i32) -> bool {
-        let ready = poll_readable(self.fd, milliseconds);
+        let ready = self.ready(milliseconds);
         if ready {
             self.driver.transport.process_backend(self.fd, true, false);
             self.driver.settle();
@@ -165,6 +170,13 @@ impl Guest {
 
     /// Sends any packet.
     pub(crate) fn send_raw(&mut self, header: &Header, data: &[u8]) {
+        self.enqueue(header, data);
+        self.driver.kick(TX);
+        self.driver.used(TX.into());
+    }
+
+    /// Makes a packet available without ringing the doorbell.
+    pub(crate) fn enqueue(&mut self, header: &Header, data: &[u8]) {
         self.driver.fill(TX_BASE, &header.encode());
         self.driver.fill(TX_BASE + 0x1000, data);
         let mut parts = vec![readable(TX_BASE, HEADER)];
@@ -174,8 +186,6 @@ impl Guest {
             parts.push(readable(TX_BASE + 0x1000 + (number * step) as u64, piece.len()));
         }
         self.driver.add(TX.into(), &parts);
-        self.driver.kick(TX);
-        self.driver.used(TX.into());
     }
 
     pub(crate) fn header(&self, conn: Conn, op: u16) -> Header {

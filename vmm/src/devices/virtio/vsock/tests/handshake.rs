@@ -88,9 +88,62 @@ fn bad_greetings_close_the_client() {
     guest.expect_silence();
 }
 
+/// Handshakes of both kinds have so many milliseconds.
+fn impatient(milliseconds: u64) -> Guest {
+    let patience = Duration::from_millis(milliseconds);
+    Guest::with(64, |device| device.set_handshake_timeouts(patience, patience))
+}
+
+#[test]
+fn a_guest_has_longer_than_a_client() {
+    let (short, long) = (Duration::from_millis(30), Duration::from_secs(3600));
+    let mut guest = Guest::with(64, |device| device.set_handshake_timeouts(short, long));
+    let mut silent = guest.client();
+    let mut client = guest.dial(5000);
+    let (request, _) = guest.expect(op::REQUEST);
+    guest.serve_until("the silent client's end", |_| {
+        silent.set_nonblocking(true).unwrap();
+        matches!(silent.read(&mut [0]), Ok(0))
+    });
+    let conn = Conn { guest_port: 5000, host_port: request.src_port, fwd_cnt: 0 };
+    guest.send(conn, op::RESPONSE, &[]);
+    let mut line = [0; 3];
+    client.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK ");
+}
+
+#[test]
+fn an_answer_that_is_there_before_the_deadline_counts() {
+    let mut guest = impatient(30);
+    let mut client = guest.dial(5000);
+    let (request, _) = guest.expect(op::REQUEST);
+    let conn = Conn { guest_port: 5000, host_port: request.src_port, fwd_cnt: 0 };
+    // The guest has answered; this process sees its timer first.
+    guest.enqueue(&guest.header(conn, op::RESPONSE), &[]);
+    assert!(guest.serve(10_000), "the timer fires");
+    let mut line = [0; 3];
+    client.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK ");
+    guest.expect_silence();
+}
+
+#[test]
+fn handshakes_start_anew_after_a_pause() {
+    let mut guest = impatient(500);
+    let mut client = guest.dial(5000);
+    guest.expect(op::REQUEST);
+    // The pause: nothing is served, until long after the deadline for all that is known.
+    assert!(guest.ready(10_000), "the timer fires");
+    guest.handle.resumed();
+    guest.serve(0);
+    assert!(guest.try_recv().is_none(), "ended at once");
+    guest.expect(op::RST);
+    assert!(closed(&mut client));
+}
+
 #[test]
 fn late_handshakes_are_ended() {
-    let mut guest = Guest::with(64, |device| device.set_handshake_timeout(Duration::from_millis(30)));
+    let mut guest = impatient(30);
     let mut silent = guest.client();
     let mut unanswered = guest.dial(5000);
     guest.expect(op::REQUEST);
