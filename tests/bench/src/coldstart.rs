@@ -4,22 +4,14 @@
 //! phases come from the shim's own timeline (`timeline` in its configuration), on the
 //! ground's CLOCK_MONOTONIC.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use serde_json::{Map, Value};
-use spore_harness::containerd::{Containerd, Runtime, series};
-use spore_harness::image::{self, BUSYBOX};
+use anyhow::{Context, Result};
+use spore_harness::containerd::Runtime;
 
+use crate::lab::{Lab, Timeline, kernel_boot, span};
 use crate::report::Row;
 use crate::stats::Sample;
-
-const HOME: &str = "/srv/bench";
-const CONFIG: &str = "/etc/spore/config.toml";
-const TIMELINE: &str = "/srv/bench/timeline.jsonl";
-/// Series of containerd to measure with: the one of Debian stable.
-const SERIES: &str = "1.7";
 
 /// Aims of the project, see the README of this folder.
 const SHIM_KIB: f64 = 8.0 * 1024.0;
@@ -38,25 +30,19 @@ const PHASES: &[(&str, &str, &str)] = &[
     ("container ran until exit seen", "container_started_ns", "exit_seen_ns"),
 ];
 
-pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<Row>> {
-    let directory = PathBuf::from(HOME);
-    fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
-    record_timelines()?;
-    let all = series()?;
-    let chosen =
-        all.iter().find(|found| *found == SERIES).or(all.last()).context("the ground has no containerd")?;
-    eprintln!("coldstart: starting containerd {chosen}");
-    let log = results.join("logs/containerd.log");
-    let containerd = Containerd::start(chosen, &directory.join("containerd"), &log)?;
-    let archive = directory.join("image.tar");
-    image::write_images(Path::new("/bin/busybox"), &archive)?;
-    containerd.import(&archive, "overlayfs", &[])?;
+/// One run: the whole of it in milliseconds, and the shim's timeline of it.
+type Run = (f64, Timeline);
 
+pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<Row>> {
+    let lab = Lab::start(results)?;
+    let once = |runtime: Runtime, id: &str| -> Result<f64> {
+        Ok(lab.run(runtime, id, &["true"])?.elapsed.as_secs_f64() * 1000.0)
+    };
     let (mut reference, mut measured) = (Vec::new(), Vec::new());
     for pair in 0..=pairs {
-        let runc = once(&containerd, Runtime::Runc, &format!("runc-{pair}"))?;
+        let runc = once(Runtime::Runc, &format!("runc-{pair}"))?;
         let id = format!("{}-{pair}-measured", runtime.name());
-        let ours = once(&containerd, runtime, &id)?;
+        let ours = once(runtime, &id)?;
         eprintln!(
             "coldstart: pair {pair} of {pairs}: runc {runc:.0} ms, {} {ours:.0} ms{}",
             runtime.name(),
@@ -67,7 +53,7 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
             measured.push((id, ours));
         }
     }
-    drop(containerd);
+    let mut lines = lab.timelines(results)?;
     let reference = Sample::new(reference);
     let whole = Sample::new(measured.iter().map(|(_, elapsed)| *elapsed).collect());
     let mut rows = vec![
@@ -75,45 +61,17 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
         Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &whole).against(&reference, None),
     ];
     if runtime == Runtime::Spore {
-        let runs = with_timelines(measured, timelines(results)?)?;
+        let runs: Vec<Run> = measured
+            .into_iter()
+            .map(|(id, elapsed)| {
+                let line =
+                    lines.remove(&id).with_context(|| format!("the shim wrote no timeline of {id}"))?;
+                Ok((elapsed, line))
+            })
+            .collect::<Result<_>>()?;
         rows.extend(of_timelines(&runs, &reference));
     }
     Ok(rows)
-}
-
-/// Time of one run in milliseconds.
-fn once(containerd: &Containerd, runtime: Runtime, id: &str) -> Result<f64> {
-    let output = containerd.ctr(&["run", "--rm", "--runtime", runtime.id(), BUSYBOX, id, "true"]).run()?;
-    ensure!(output.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{id}: {output}");
-    Ok(output.elapsed.as_secs_f64() * 1000.0)
-}
-
-fn record_timelines() -> Result<()> {
-    let config = fs::read_to_string(CONFIG).with_context(|| format!("reading {CONFIG}"))?;
-    fs::write(CONFIG, format!("timeline = \"{TIMELINE}\"\n{config}"))
-        .with_context(|| format!("writing {CONFIG}"))
-}
-
-fn timelines(results: &Path) -> Result<Vec<Map<String, Value>>> {
-    let Ok(text) = fs::read_to_string(TIMELINE) else { return Ok(Vec::new()) };
-    fs::write(results.join("timeline.jsonl"), &text)?;
-    text.lines()
-        .map(|line| serde_json::from_str(line).with_context(|| format!("reading a timeline: {line}")))
-        .collect()
-}
-
-/// One run: the whole of it in milliseconds, and the shim's timeline of it.
-type Run = (f64, Map<String, Value>);
-
-/// Every run with its timeline, which names the container.
-fn with_timelines(runs: Vec<(String, f64)>, mut lines: Vec<Map<String, Value>>) -> Result<Vec<Run>> {
-    runs.into_iter()
-        .map(|(id, elapsed)| {
-            let at = lines.iter().position(|line| line.get("id").and_then(Value::as_str) == Some(&id));
-            let at = at.with_context(|| format!("the shim wrote no timeline of {id} to {TIMELINE}"))?;
-            Ok((elapsed, lines.swap_remove(at)))
-        })
-        .collect()
 }
 
 fn of_timelines(runs: &[Run], runc: &Sample) -> Vec<Row> {
@@ -142,16 +100,6 @@ fn of_timelines(runs: &[Run], runc: &Sample) -> Vec<Row> {
     rows
 }
 
-/// From the kernel's first instruction to the agent's: what is not Spore's to shorten here.
-fn kernel_boot(line: &Map<String, Value>) -> Option<f64> {
-    Some(span(line, "kernel_entry_ns", "guest_ready_ns")? - line.get("agent_boot_ns")?.as_f64()? / 1e6)
-}
-
-fn durations(lines: &[&Map<String, Value>], from: &str, to: &str) -> Sample {
+fn durations(lines: &[&Timeline], from: &str, to: &str) -> Sample {
     Sample::new(lines.iter().filter_map(|line| span(line, from, to)).collect())
-}
-
-/// Milliseconds between two marks of a timeline.
-fn span(line: &Map<String, Value>, from: &str, to: &str) -> Option<f64> {
-    Some((line.get(to)?.as_f64()? - line.get(from)?.as_f64()?) / 1e6)
 }

@@ -5,6 +5,8 @@
 //! [`report::Row`].
 
 mod coldstart;
+mod kernels;
+mod lab;
 mod report;
 mod stats;
 
@@ -18,12 +20,14 @@ use clap::{Parser, ValueEnum};
 enum Suite {
     /// A whole `ctr run --rm`, its phases, and the memory of shim and VMM.
     Coldstart,
+    /// Guest kernels under Spore: boot time and memory. Only on request.
+    Kernels,
 }
 
 #[derive(Parser)]
 #[command(name = "spore-bench", about = "Benchmarks of Spore against runc")]
 struct Cli {
-    /// Which to run; all by default.
+    /// Which to run; by default all that compare with runc.
     suites: Vec<Suite>,
     /// Pairs of runs that are counted, after one that is not.
     #[arg(long, default_value_t = 10)]
@@ -49,6 +53,9 @@ fn run(cli: &Cli) -> Result<()> {
     if wanted(Suite::Coldstart) {
         let rows = coldstart::run(cli.runtime.parse()?, cli.pairs, &results)?;
         report::publish("coldstart", &rows, &results)?;
+    }
+    if cli.suites.contains(&Suite::Kernels) {
+        report::publish("kernels", &kernels::run(cli.pairs, &results)?, &results)?;
     }
     Ok(())
 }

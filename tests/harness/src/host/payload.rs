@@ -24,6 +24,10 @@ const FILES: &[(&str, &str)] = &[
     ("target/guest/vmlinuz", "spore/vmlinuz"),
     ("target/guest/initramfs", "spore/initramfs"),
     ("target/guest/vmlinux", "spore/vmlinux"),
+    // packaging/guest-image/build --kernel target/kernel/bzImage --out target/guest-slim
+    ("target/guest-slim/vmlinuz", "spore/slim/vmlinuz"),
+    ("target/guest-slim/vmlinux", "spore/slim/vmlinux"),
+    ("target/guest-slim/initramfs", "spore/slim/initramfs"),
 ];
 
 /// The disk image. What is not built is left out; the ground says so when it is asked for.

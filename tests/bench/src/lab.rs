@@ -1,0 +1,92 @@
+//! What the suites stand on: a containerd, an image, runs, and the shim's timelines of them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value};
+use spore_harness::containerd::{Containerd, Output, Runtime, series};
+use spore_harness::image::{self, BUSYBOX};
+
+const HOME: &str = "/srv/bench";
+const CONFIG: &str = "/etc/spore/config.toml";
+const TIMELINE: &str = "/srv/bench/timeline.jsonl";
+/// Series of containerd to measure with: the one of Debian stable.
+const SERIES: &str = "1.7";
+
+/// The shim's account of one sandbox: marks in nanoseconds of the ground's CLOCK_MONOTONIC.
+pub(crate) type Timeline = Map<String, Value>;
+
+pub(crate) struct Lab {
+    containerd: Containerd,
+    /// The ground's configuration of Spore.
+    config: String,
+}
+
+impl Lab {
+    /// Starts containerd and imports the image.
+    pub(crate) fn start(results: &Path) -> Result<Self> {
+        let directory = PathBuf::from(HOME);
+        fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
+        let all = series()?;
+        let chosen = all
+            .iter()
+            .find(|found| *found == SERIES)
+            .or(all.last())
+            .context("the ground has no containerd")?;
+        eprintln!("starting containerd {chosen}");
+        let log = results.join("logs/containerd.log");
+        let containerd = Containerd::start(chosen, &directory.join("containerd"), &log)?;
+        let archive = directory.join("image.tar");
+        image::write_images(Path::new("/bin/busybox"), &archive)?;
+        containerd.import(&archive, "overlayfs", &[])?;
+        let config = fs::read_to_string(CONFIG).with_context(|| format!("reading {CONFIG}"))?;
+        let lab = Self { containerd, config };
+        lab.configure("")?;
+        Ok(lab)
+    }
+
+    /// Sets Spore's configuration to the ground's, with `lines` before it.
+    pub(crate) fn configure(&self, lines: &str) -> Result<()> {
+        fs::write(CONFIG, format!("timeline = \"{TIMELINE}\"\n{lines}\n{}", self.config))
+            .with_context(|| format!("writing {CONFIG}"))
+    }
+
+    /// `ctr run --rm`, which must succeed and print no error.
+    pub(crate) fn run(&self, runtime: Runtime, id: &str, command: &[&str]) -> Result<Output> {
+        let mut args = vec!["run", "--rm", "--runtime", runtime.id(), BUSYBOX, id];
+        args.extend(command);
+        let output = self.containerd.ctr(&args).run()?;
+        ensure!(output.success() && output.stderr.is_empty(), "{id}: {output}");
+        Ok(output)
+    }
+
+    /// Ends containerd; gives the timelines by container, and keeps a copy in `results`.
+    pub(crate) fn timelines(self, results: &Path) -> Result<BTreeMap<String, Timeline>> {
+        drop(self.containerd);
+        fs::write(CONFIG, &self.config)?;
+        let Ok(text) = fs::read_to_string(TIMELINE) else { return Ok(BTreeMap::new()) };
+        fs::write(results.join("timeline.jsonl"), &text)?;
+        fs::remove_file(TIMELINE)?;
+        text.lines()
+            .map(|line| {
+                let line: Timeline =
+                    serde_json::from_str(line).with_context(|| format!("reading a timeline: {line}"))?;
+                let id = line.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
+                Ok((id, line))
+            })
+            .collect()
+    }
+}
+
+/// Milliseconds between two marks of a timeline.
+pub(crate) fn span(line: &Timeline, from: &str, to: &str) -> Option<f64> {
+    Some((line.get(to)?.as_f64()? - line.get(from)?.as_f64()?) / 1e6)
+}
+
+/// From the kernel's first instruction to the agent's, in milliseconds: what is not Spore's to
+/// shorten.
+pub(crate) fn kernel_boot(line: &Timeline) -> Option<f64> {
+    Some(span(line, "kernel_entry_ns", "guest_ready_ns")? - line.get("agent_boot_ns")?.as_f64()? / 1e6)
+}
