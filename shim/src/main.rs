@@ -26,6 +26,7 @@ mod task;
 mod timeline;
 mod vm;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// The name containerd derives this binary's name from.
@@ -42,8 +43,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            // containerd shows this text to the user when `start` or `delete` fails.
-            eprintln!("{RUNTIME}: {message}");
+            // containerd shows this text to the user when `start` or `delete` fails, and goes on
+            // in the same line.
+            let end = if std::io::stderr().is_terminal() { "\n" } else { "" };
+            eprint!("{RUNTIME}: {message}{end}");
             ExitCode::FAILURE
         }
     }

@@ -3,7 +3,7 @@
 //! killed shim left.
 
 use std::fs::{DirBuilder, File, Permissions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -52,10 +52,10 @@ impl RunDir {
             Self::open(&path)
         };
         // Another sandbox that ends removes the namespace's directory when it finds it empty,
-        // and that may be just before ours is made in it.
+        // and that may be just before ours is made in it, or just after it was found there.
         for _ in 1..CREATE_ATTEMPTS {
             match make() {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::AlreadyExists) => {}
                 other => return other,
             }
         }
@@ -135,7 +135,7 @@ impl RunDir {
 
 fn gone(result: io::Result<()>) -> io::Result<()> {
     match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }
@@ -211,7 +211,7 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
         rootfs::sweep_layer(&layer);
     }
     match RunDir::open(path).and_then(|dir| dir.remove()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => remove_namespace(path),
+        Err(error) if error.kind() == ErrorKind::NotFound => remove_namespace(path),
         Err(error) => problems.push(format!("run-time directory {}: remove: {error}", path.display())),
         Ok(()) => {}
     }

@@ -79,8 +79,7 @@ async fn serve(
     let dir = RunDir::create(&config.run_dir, &flags.namespace, &flags.id)
         .and_then(|dir| dir.record(|record| record.shim = ProcessId::this().ok()).map(|()| dir))
         .map_err(failed("make the run-time directory"))?;
-    let (run_dir, state_dir) = (dir.path().to_path_buf(), config.state_dir.clone());
-    drop(dir);
+    let state_dir = config.state_dir.clone();
 
     let events = Events::start(address, flags.namespace.clone(), log.clone());
     let mut timeline = Timeline::default();
@@ -123,13 +122,11 @@ async fn serve(
         warn!(log, "the last events could not be delivered in time");
     }
     bootstrap::remove_socket(&bootstrap::address(flags));
-    if let Err(error) = std::fs::remove_dir_all(&run_dir)
+    // It is gone already when there was a container; another shim's is left alone.
+    if let Err(error) = dir.remove()
         && error.kind() != io::ErrorKind::NotFound
     {
-        warn!(log, "run-time directory not removed"; "path" => %run_dir.display(), "error" => %error);
-    }
-    if let Some(parent) = run_dir.parent() {
-        let _ = std::fs::remove_dir(parent);
+        warn!(log, "run-time directory not removed"; "path" => %dir.path().display(), "error" => %error);
     }
     handle.close();
     let _ = tokio::time::timeout(DISCONNECT, server.shutdown()).await;

@@ -67,8 +67,20 @@ pub(super) async fn merged(state_dir: &Path, key: &str, lowers: &[PathBuf]) -> R
         return Ok(file);
     }
     // A file that fails the check is replaced: the lock's holder checks again.
-    make(state_dir, Input::Merged(lowers.to_vec()), &target, false).await?;
-    open(&target)
+    match make(state_dir, Input::Merged(lowers.to_vec()), &target, false).await {
+        Err(error) => Err(with_bad_image(&target, error)),
+        Ok(()) => open(&target),
+    }
+}
+
+/// Where a damaged image is in the way, the user is told of it first: removing it may help.
+fn with_bad_image(target: &Path, error: RootfsError) -> RootfsError {
+    match (superblock::open(target), error) {
+        (Err(bad), RootfsError::Build { path, detail }) if bad.kind() != io::ErrorKind::NotFound => {
+            RootfsError::BadImage { path, detail: format!("{bad}, and cannot be replaced: {detail}") }
+        }
+        (_, error) => error,
+    }
 }
 
 /// The image of one directory as it is, beside the writable layer.
@@ -165,6 +177,21 @@ mod tests {
         assert_ne!(key, directories_key(&[a.clone(), b]).unwrap());
         let gone = directories_key(&[dir.path().join("gone")]).unwrap_err().to_string();
         assert!(gone.contains("gone"), "{gone}");
+    }
+
+    #[test]
+    fn a_bad_image_that_cannot_be_replaced_is_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.erofs");
+        let failed = || RootfsError::Build { path: path.clone(), detail: "rename: busy".into() };
+        assert!(matches!(with_bad_image(&path, failed()), RootfsError::Build { .. }), "there is none");
+        std::fs::write(&path, vec![0; 8192]).unwrap();
+        let message = with_bad_image(&path, failed()).to_string();
+        for part in ["x.erofs: not an EROFS file system", "rename: busy", "it is made again"] {
+            assert!(message.contains(part), "{message}");
+        }
+        let full = RootfsError::DiskFull { path: path.clone(), detail: "full".into() };
+        assert!(matches!(with_bad_image(&path, full), RootfsError::DiskFull { .. }));
     }
 
     #[test]

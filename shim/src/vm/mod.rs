@@ -51,6 +51,9 @@ const CALL_DEADLINE: Duration = Duration::from_secs(60);
 const UNENDING: &str = "the virtual machine monitor closed its control socket and does not end";
 /// Attempts to connect to a guest that lives.
 const DIALS: u32 = 3;
+/// The VMM itself gives a guest up that does not answer a dial within 60 s; one that does not
+/// even do that is stuck.
+const DIAL_DEADLINE: Duration = Duration::from_secs(70);
 /// How long a VMM may take to end that has said so, closed its socket or been killed.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -321,6 +324,14 @@ impl Vm {
     }
 
     async fn dial(&self, port: u32) -> io::Result<UnixStream> {
+        let stuck = |_| {
+            let detail = format!("vsock port {port}: no answer from the virtual machine monitor");
+            io::Error::new(io::ErrorKind::TimedOut, detail)
+        };
+        tokio::time::timeout(DIAL_DEADLINE, self.dial_patiently(port)).await.map_err(stuck)?
+    }
+
+    async fn dial_patiently(&self, port: u32) -> io::Result<UnixStream> {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = UnixStream::connect(self.dir.socket(VSOCK)).await?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;

@@ -26,10 +26,21 @@ fn a_tail_has_the_last_lines_without_control_characters() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console.log");
     let mut text: String = (0..1000).map(|n| format!("line {n}\r\n")).collect();
-    text.push_str("\x1b[31mKernel panic\x1b[0m - not syncing\n\n");
+    text.push_str("\x1b[31mnot well\x1b[0m\n\n");
     std::fs::write(&path, text).unwrap();
     let tail = tail(&path).unwrap();
-    assert!(tail.ends_with("line 999 | [31mKernel panic[0m - not syncing"), "{tail}");
+    assert!(tail.ends_with("line 999 | [31mnot well[0m"), "{tail}");
+    assert_eq!(tail.split(" | ").count(), TAIL_LINES);
+}
+
+#[test]
+fn the_tail_of_a_panic_is_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console.log");
+    let trace: String = (0..40).map(|n| format!("frame {n}\n")).collect();
+    std::fs::write(&path, format!("before\nKernel panic - not syncing: no init\n{trace}")).unwrap();
+    let tail = tail(&path).unwrap();
+    assert!(tail.starts_with("Kernel panic - not syncing: no init | frame 0 | "), "{tail}");
     assert_eq!(tail.split(" | ").count(), TAIL_LINES);
 }
 

@@ -1,7 +1,10 @@
 #![allow(unsafe_code)] // pidfd_open has no safe wrapper here.
 //! The VMM as a process: its end, its descriptors, its memory.
 
+use std::fs::File;
+use std::hash::{DefaultHasher, Hasher};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
@@ -56,4 +59,28 @@ pub fn resident_beyond_guest(pid: u32, guest_mib: u64) -> io::Result<u64> {
         }
     }
     Ok(resident)
+}
+
+/// A digest of all mappings of at least `guest_mib` MiB, which are the guest's RAM.
+pub fn guest_memory_digest(pid: u32, guest_mib: u64) -> io::Result<u64> {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let (maps, memory) = (fs::read_to_string(folder.join("maps"))?, File::open(folder.join("mem"))?);
+    let mut digest = DefaultHasher::new();
+    let mut chunk = vec![0; 1 << 20];
+    for line in maps.lines() {
+        let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+        let number = |text: &str| u64::from_str_radix(text, 16).map_err(io::Error::other);
+        let Some((start, end)) = range else { continue };
+        let (start, end) = (number(start)?, number(end)?);
+        if end - start < guest_mib << 20 {
+            continue;
+        }
+        // The guest's size is in whole MiB; a merged neighbour may leave a rest.
+        for at in (start..end - end % 0x1000).step_by(chunk.len()) {
+            let length = chunk.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
+            memory.read_exact_at(&mut chunk[..length], at)?;
+            digest.write(&chunk[..length]);
+        }
+    }
+    Ok(digest.finish())
 }

@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests fail as tests do.
 
+use std::io::Read;
+
+use spore_guests::{SOURCE_SEED, pattern_bytes, port};
 use spore_native::Setup;
+use spore_native::vsock::connect;
 use spore_vmm::api::{Call, EndReason, Reply};
 
 #[test]
@@ -80,4 +84,40 @@ fn a_guest_that_ends_while_it_is_asked_to_still_says_how() {
     vm.line("waiting");
     assert_eq!(vm.call(Call::Shutdown { deadline_ms: 600_000 }), Ok(Reply::Done));
     assert_eq!(vm.ended(), EndReason::Reset);
+}
+
+/// What the guest had sent when it ended reaches the host, before the news of the end.
+#[test]
+fn the_last_bytes_arrive_after_the_end() {
+    let mut vm = Setup::new("serve").memory_mib(128).vsock(&[]).boot();
+    vm.line("serving");
+    let mut stream = connect(&vm.vsock_path(), port::SOURCE).unwrap();
+    // Nobody reads: the guest sends until its credit is used up, far more than the socket holds.
+    let (mut sent, mut same) = (0, 0);
+    while same < 200 {
+        let now = vm.metrics().vsock.tx_bytes;
+        same = if now == sent && now > 256 << 10 { same + 1 } else { 0 };
+        sent = now;
+    }
+    let reader = std::thread::spawn(move || {
+        let mut data = Vec::new();
+        stream.read_to_end(&mut data).map(|_| data)
+    });
+    assert_eq!(vm.call(Call::Shutdown { deadline_ms: 0 }), Ok(Reply::Done));
+    assert_eq!(vm.ended(), EndReason::Forced);
+    let data = reader.join().unwrap().unwrap();
+    assert!(data.len() as u64 >= sent, "{} of {sent} bytes", data.len());
+    assert!(data == pattern_bytes(SOURCE_SEED, 0, data.len()));
+}
+
+/// A peer that does not read delays the end only so long.
+#[test]
+fn a_peer_that_does_not_read_cannot_hold_the_end_up() {
+    let mut vm = Setup::new("serve").memory_mib(128).vsock(&[]).boot();
+    vm.line("serving");
+    let _stalled = connect(&vm.vsock_path(), port::SOURCE).unwrap();
+    while vm.metrics().vsock.tx_bytes <= 256 << 10 {}
+    // Its answer may be lost with the guest.
+    drop(connect(&vm.vsock_path(), port::POWER_OFF));
+    assert_eq!(vm.ended(), EndReason::Shutdown);
 }

@@ -2,9 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests fail as tests do.
 
+use std::fs::File;
+use std::hash::{DefaultHasher, Hasher};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use spore_native::{DEADLINE, Setup};
+use spore_guests::{pattern_bytes, port};
+use spore_native::process::guest_memory_digest;
+use spore_native::vsock::{connect, read_line};
+use spore_native::{DEADLINE, Setup, disk_file};
 use spore_vmm::api::{Call, DiskSlots, EndReason, Reply, VmState};
 
 #[test]
@@ -89,6 +97,61 @@ fn pause_reaches_vcpus_that_spin_halt_or_wait() {
         }
         assert_eq!(vm.state(), VmState::Running, "{script}");
     }
+}
+
+/// While a VM is paused its memory stands still, whatever its peers send; what they sent is served
+/// when it goes on.
+#[test]
+fn a_paused_guest_gets_nothing_until_it_goes_on() {
+    let mut vm = Setup::new("serve").memory_mib(128).vsock(&[]).boot();
+    vm.line("serving");
+    let mut stream = connect(&vm.vsock_path(), port::ECHO).unwrap();
+    let data = pattern_bytes(5, 0, 4096);
+    assert_eq!(vm.call(Call::Pause), Ok(Reply::Done));
+    let before = guest_memory_digest(vm.pid(), 128).unwrap();
+    stream.write_all(&data).unwrap();
+    let mut late = UnixStream::connect(vm.vsock_path()).unwrap();
+    late.set_read_timeout(Some(DEADLINE)).unwrap();
+    late.write_all(format!("CONNECT {}\n", port::ECHO).as_bytes()).unwrap();
+    let counted = vm.metrics();
+    for _ in 0..200 {
+        assert_eq!(vm.state(), VmState::Paused);
+    }
+    assert_eq!(vm.metrics(), counted);
+    assert_eq!(guest_memory_digest(vm.pid(), 128).unwrap(), before, "guest memory changed in a pause");
+    assert_eq!(vm.call(Call::Resume), Ok(Reply::Done));
+    let mut back = vec![0; data.len()];
+    stream.read_exact(&mut back).unwrap();
+    assert!(back == data);
+    assert!(read_line(&late).unwrap().starts_with("OK "));
+}
+
+/// Pauses in the middle of disk writes, so that some fall between a doorbell and its service.
+#[test]
+fn a_paused_guest_writes_no_disk() {
+    let disk = disk_file(64);
+    let mut vm = Setup::new("shell").disk(disk.try_clone().unwrap(), false).boot();
+    vm.begin("disk-write,rw0,0,131072,3");
+    for _ in 0..30 {
+        assert_eq!(vm.call(Call::Pause), Ok(Reply::Done));
+        let (counted, content) = (vm.metrics().blk, digest_of(&disk));
+        for _ in 0..50 {
+            assert_eq!(vm.state(), VmState::Paused);
+        }
+        assert_eq!(vm.metrics().blk, counted);
+        assert_eq!(digest_of(&disk), content, "the disk changed in a pause");
+        assert_eq!(vm.call(Call::Resume), Ok(Reply::Done));
+    }
+    assert!(vm.finish().contains("ok disk-write\n"));
+    assert!(vm.run("disk-check,rw0,0,131072,3").contains("ok disk-check\n"));
+}
+
+fn digest_of(file: &File) -> u64 {
+    let mut content = vec![0; 64 << 20];
+    file.read_exact_at(&mut content, 0).unwrap();
+    let mut digest = DefaultHasher::new();
+    digest.write(&content);
+    digest.finish()
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Memory-mapped registers.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use super::range::{BusError, RangeMap};
@@ -12,13 +14,24 @@ pub trait MmioDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
+/// A 32-bit register that is reached without its device's lock, for accesses that must not wait
+/// for the device's work. What it does not answer, the device does.
+pub trait MmioRegister: fmt::Debug + Send + Sync {
+    fn read(&self) -> Option<u32>;
+    /// False when the device shall have it.
+    fn write(&self, value: u32) -> bool;
+}
+
 /// The memory outside RAM.
 #[derive(Debug)]
-pub struct MmioBus(RangeMap<dyn MmioDevice>);
+pub struct MmioBus {
+    devices: RangeMap<dyn MmioDevice>,
+    registers: BTreeMap<u64, Arc<dyn MmioRegister>>,
+}
 
 impl Default for MmioBus {
     fn default() -> Self {
-        Self(RangeMap::new("MMIO"))
+        Self { devices: RangeMap::new("MMIO"), registers: BTreeMap::new() }
     }
 }
 
@@ -30,12 +43,23 @@ impl MmioBus {
         name: &str,
         device: Arc<Mutex<dyn MmioDevice>>,
     ) -> Result<(), BusError> {
-        self.0.insert(base, size, name, device)
+        self.devices.insert(base, size, name, device)
+    }
+
+    /// Puts a register before the device that has its address.
+    pub fn insert_register(&mut self, address: u64, register: Arc<dyn MmioRegister>) {
+        self.registers.insert(address, register);
     }
 
     /// Reads; all ones, as on real buses, where nothing answers. False says that nothing did.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        match self.0.find(address, data.len()) {
+        if let Ok(word) = <&mut [u8; 4]>::try_from(&mut *data)
+            && let Some(value) = self.registers.get(&address).and_then(|register| register.read())
+        {
+            *word = value.to_le_bytes();
+            return true;
+        }
+        match self.devices.find(address, data.len()) {
             Some((offset, mut device)) => {
                 device.read(offset, data);
                 true
@@ -49,7 +73,13 @@ impl MmioBus {
 
     /// Writes; false when nothing answers.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
-        let hit = self.0.find(address, data.len());
+        if let Ok(word) = <[u8; 4]>::try_from(data)
+            && let Some(register) = self.registers.get(&address)
+            && register.write(u32::from_le_bytes(word))
+        {
+            return true;
+        }
+        let hit = self.devices.find(address, data.len());
         hit.map(|(offset, mut device)| device.write(offset, data)).is_some()
     }
 }

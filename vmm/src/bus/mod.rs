@@ -7,6 +7,6 @@ mod mmio;
 mod pio;
 mod range;
 
-pub use mmio::{MmioBus, MmioDevice};
+pub use mmio::{MmioBus, MmioDevice, MmioRegister};
 pub use pio::{PioBus, PioDevice};
 pub use range::BusError;

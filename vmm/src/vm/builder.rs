@@ -216,6 +216,9 @@ impl Board<'_> {
             let address = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
             self.fd.register_ioevent(bell, &address, queue).map_err(kvm_error("registering a doorbell"))?;
         }
+        for (offset, register) in transport.lock_free_registers() {
+            self.mmio.insert_register(base + offset, register);
+        }
         let name = transport.name().to_owned();
         let transport = Arc::new(Mutex::new(transport));
         self.mmio.insert(base, slots::SIZE, &name, Arc::clone(&transport) as _)?;

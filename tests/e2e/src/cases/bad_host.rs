@@ -17,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     case("bad_host::initramfs_missing", initramfs_missing),
     case("bad_host::initramfs_corrupt", initramfs_corrupt),
     case("bad_host::cached_image_corrupt", cached_image_corrupt),
+    case("bad_host::cached_image_is_made_again", cached_image_is_made_again),
     case("bad_host::memory_too_small", memory_too_small),
     case("bad_host::kvm_missing", kvm_missing),
     case("bad_host::kvm_unusable", kvm_unusable),
@@ -94,18 +95,38 @@ fn initramfs_corrupt(subject: &Subject) -> Result<()> {
     refused_with(subject, &format!("initramfs = \"{}\"", path.display()), &[CONSOLE, PANIC])
 }
 
+/// A damaged image that cannot be replaced, for something is mounted on it.
 fn cached_image_corrupt(subject: &Subject) -> Result<()> {
     refused(subject, &["root file system image /var/lib/spore/images/", "it is made again"], || {
         let mut undo: Vec<Box<dyn Send>> = Vec::new();
-        for entry in fs::read_dir("/var/lib/spore/images")?.flatten().filter(|entry| entry.path().is_file()) {
-            // A torn write: the right length, the wrong bytes.
-            let length = entry.metadata()?.len();
-            let torn = file("image", &vec![0; usize::try_from(length)?])?;
-            undo.push(Box::new(Over::bind(&torn, &entry.path())?));
+        for image in cached_images()? {
+            let torn = file("image", &torn(&image)?)?;
+            undo.push(Box::new(Over::bind(&torn, &image)?));
         }
-        ensure!(!undo.is_empty(), "no cached image in /var/lib/spore/images");
         Ok(undo)
     })
+}
+
+fn cached_image_is_made_again(subject: &Subject) -> Result<()> {
+    subject.warm_up()?;
+    for image in cached_images()? {
+        fs::write(&image, torn(&image)?)?;
+    }
+    let output = subject.run("healed", &["echo", "healed"])?.run()?;
+    ensure!(output.success() && output.text() == "healed\n", "{output}");
+    Ok(())
+}
+
+fn cached_images() -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir("/var/lib/spore/images")?.flatten().map(|entry| entry.path());
+    let images: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "erofs")).collect();
+    ensure!(!images.is_empty(), "no cached image in /var/lib/spore/images");
+    Ok(images)
+}
+
+/// What a torn write leaves: the right length, the wrong bytes.
+fn torn(image: &Path) -> Result<Vec<u8>> {
+    Ok(vec![0; usize::try_from(fs::metadata(image)?.len())?])
 }
 
 fn memory_too_small(subject: &Subject) -> Result<()> {

@@ -3,7 +3,7 @@
 //!
 //! Registers are read and written by vCPU threads, everything else runs on the event-loop
 //! thread, all under one lock around the transport. Interrupt state is atomic, so a device
-//! raises interrupts without that lock.
+//! raises interrupts, and a guest's handler takes them, without that lock.
 //!
 //! A driver that breaks the rules gets DEVICE_NEEDS_RESET (2.1.1) and a configuration
 //! interrupt; its queues are ignored until it resets the device. A register write that makes
@@ -22,8 +22,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::interrupt::IrqLine;
+use self::interrupt::{AckRegister, IrqLine, StatusRegister};
 use super::{ActiveContext, DeviceError, Doorbell, Interrupt, Pending, VirtioDevice, Watch, queue};
+use crate::bus::MmioRegister;
 use crate::log::Limited;
 use crate::memory::GuestRam;
 
@@ -151,6 +152,15 @@ impl MmioTransport {
     /// as ioeventfd on QueueNotify (base + 0x50) with the queue's index as 32-bit datamatch.
     pub fn doorbells(&self) -> &[Doorbell] {
         &self.doorbells
+    }
+
+    /// The registers that interrupt handlers use, by offset: they need no lock, so that a handler
+    /// does not wait for a disk.
+    pub fn lock_free_registers(&self) -> [(u64, Arc<dyn MmioRegister>); 2] {
+        [
+            (registers::offset::INTERRUPT_STATUS, Arc::new(StatusRegister(self.irq.clone()))),
+            (registers::offset::INTERRUPT_ACK, Arc::new(AckRegister(self.irq.clone()))),
+        ]
     }
 
     /// Short name of the device, for logs.

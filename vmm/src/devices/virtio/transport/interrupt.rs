@@ -1,9 +1,11 @@
 //! A transport's interrupt: InterruptStatus and ConfigGeneration (4.2.2), and the line.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::bus::MmioRegister;
 use crate::devices::virtio::Interrupt;
 
 const USED: u32 = 1;
@@ -63,6 +65,35 @@ impl IrqLine {
         self.status.fetch_or(bit, Ordering::SeqCst);
         // It fails only when the counter is full; then an interrupt is pending anyway.
         let _ = self.line.write(1);
+    }
+}
+
+/// InterruptStatus, for the bus: an interrupt handler does not wait for the device's work.
+#[derive(Debug)]
+pub(super) struct StatusRegister(pub(super) Arc<IrqLine>);
+
+impl MmioRegister for StatusRegister {
+    fn read(&self) -> Option<u32> {
+        Some(self.0.status())
+    }
+
+    fn write(&self, _: u32) -> bool {
+        false
+    }
+}
+
+/// InterruptACK, likewise.
+#[derive(Debug)]
+pub(super) struct AckRegister(pub(super) Arc<IrqLine>);
+
+impl MmioRegister for AckRegister {
+    fn read(&self) -> Option<u32> {
+        None
+    }
+
+    fn write(&self, bits: u32) -> bool {
+        self.0.acknowledge(bits);
+        true
     }
 }
 

@@ -146,6 +146,32 @@ fn interrupts_are_pending_until_acknowledged() {
 }
 
 #[test]
+fn an_interrupt_handler_does_not_wait_for_the_device() {
+    use std::sync::Mutex;
+
+    let mut driver = Driver::with_features(Rng::new(), !RING_FEATURES);
+    driver.add(0, &[writable(DATA, 8)]);
+    driver.kick(0);
+    let mut bus = crate::bus::MmioBus::default();
+    for (offset, register) in driver.transport.lock_free_registers() {
+        bus.insert_register(0x1000 + offset, register);
+    }
+    let transport = Arc::new(Mutex::new(driver.transport));
+    bus.insert(0x1000, 0x1000, "rng", transport.clone()).unwrap();
+    let at_work = transport.lock().unwrap();
+    let mut word = [0; 4];
+    assert!(bus.read(0x1060, &mut word));
+    assert_eq!(word, [1, 0, 0, 0]);
+    assert!(bus.write(0x1064, &word));
+    assert!(bus.read(0x1060, &mut word));
+    assert_eq!(word, [0; 4]);
+    drop(at_work);
+    // The other way round they are no registers: the device ignores that.
+    assert!(bus.read(0x1064, &mut word) && bus.write(0x1060, &[1, 0, 0, 0]));
+    assert_eq!(word, [0; 4]);
+}
+
+#[test]
 fn notifications_wanted_or_not_are_respected() {
     let mut driver = Driver::with_features(Rng::new(), !RING_FEATURES);
     // VRING_AVAIL_F_NO_INTERRUPT.

@@ -1,0 +1,210 @@
+//! How a container comes to its end: by its process, by a signal, with its holder, with its VM,
+//! or with the shim. A guest is asked first; one that does not obey in time loses its VM.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::events::task::TaskExit;
+use slog::{info, warn};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use ttrpc::Code;
+
+use super::{Container, Exit, LOST, Phase, timestamp, with_vm};
+use crate::error::Error;
+use crate::guest::GuestError;
+
+/// Status of a process that was killed with its VM: 128 + SIGKILL.
+pub(super) const KILLED_STATUS: u32 = 137;
+/// What clients may take to read the last output when the shim has to go.
+pub(super) const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// How long a client may stop reading output before the exit is told all the same.
+const STALL: Duration = Duration::from_secs(10);
+/// How long output may hold the exit back at all. What a process leaves behind in pipes and
+/// buffers is less than a MiB, so this is for slow clients and against guests that make it up.
+const SETTLE: Duration = Duration::from_secs(60);
+/// How long SIGKILL may take to be obeyed.
+const KILLED: Duration = Duration::from_secs(10);
+/// What processes get between SIGTERM and SIGKILL when the shim has to go.
+const GRACE: Duration = Duration::from_secs(3);
+/// How long the guest may then take in all; most of it is for writing its cache back.
+const SHUTDOWN: Duration = Duration::from_secs(20);
+
+/// How far the end has come. Each flag is set once and never cleared.
+pub(super) struct Ending {
+    /// The process has ended, as far as can be known; its exit may still wait for its output.
+    over: watch::Sender<bool>,
+    /// The guest was given up and its VM killed, whether or not the VMM dies of it.
+    cut: watch::Sender<bool>,
+    /// The shim has to go; clients are not waited for.
+    hurried: watch::Sender<bool>,
+    holder: Arc<AsyncFd<OwnedFd>>,
+}
+
+impl Ending {
+    pub(super) fn new(holder: Arc<AsyncFd<OwnedFd>>) -> Self {
+        let flag = || watch::Sender::new(false);
+        Self { over: flag(), cut: flag(), hurried: flag(), holder }
+    }
+
+    pub(super) fn is_hurried(&self) -> bool {
+        *self.hurried.borrow()
+    }
+}
+
+async fn set(flag: &watch::Sender<bool>) {
+    let _ = flag.subscribe().wait_for(|set| *set).await;
+}
+
+impl Container {
+    /// Follows the process to its end, whichever way that comes, and publishes it.
+    pub(crate) async fn watch(self: Arc<Self>, seen: impl FnOnce()) {
+        tokio::spawn(Arc::clone(&self).watch_holder());
+        let (status, guest_ns) = self.end_of_process().await;
+        let at = self.exit_time(guest_ns);
+        seen();
+        self.ending.over.send_replace(true);
+        // Clients take the exit for the end of the output.
+        if !self.settle().await {
+            warn!(self.log, "output is not being read or does not end; the exit is told nevertheless");
+        }
+        let _turn = self.turn.lock().await;
+        // Who sees a stopped container looks for its exit.
+        let _ = self.exit.send_replace(Some(Exit { status, at }));
+        if self.phase() != Phase::Deleted {
+            self.enter(Phase::Stopped);
+        }
+        info!(self.log, "task exit"; "status" => status);
+        self.events.send(TaskExit {
+            container_id: self.id.clone(),
+            id: self.id.clone(),
+            pid: self.pid,
+            exit_status: status,
+            exited_at: timestamp(at),
+            ..Default::default()
+        });
+    }
+
+    /// The status and, if the guest told it, the time.
+    async fn end_of_process(&self) -> (u32, Option<i64>) {
+        tokio::select! {
+            // An answer that has arrived counts, whatever became of the guest since.
+            biased;
+            answer = self.guest.wait(&self.id) => match answer {
+                Ok(exit) => return (exit.status, Some(exit.at_ns)),
+                Err(error) => {
+                    // Without its agent a guest is lost; PID 1's end usually ends the VM.
+                    match tokio::time::timeout(LOST, self.vm.ended()).await {
+                        Ok(end) => self.say_vm_ended(&end.cause),
+                        Err(_) => {
+                            warn!(self.log, "the guest's agent is gone, ending its VM"; "error" => %error);
+                            self.cut().await;
+                        }
+                    }
+                }
+            },
+            end = self.vm.ended() => self.say_vm_ended(&end.cause),
+            () = set(&self.ending.cut) => {}
+        }
+        (KILLED_STATUS, None)
+    }
+
+    fn say_vm_ended(&self, cause: &str) {
+        warn!(self.log, "the VM ended under the container"; "cause" => cause);
+    }
+
+    /// The guest's clock tells the time of the exit best, if it is sane.
+    fn exit_time(&self, guest_ns: Option<i64>) -> SystemTime {
+        let now = SystemTime::now();
+        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        match guest_ns.and_then(|ns| u64::try_from(ns).ok()).map(|ns| UNIX_EPOCH + Duration::from_nanos(ns)) {
+            Some(at) if at >= started && at <= now => at,
+            _ => now,
+        }
+    }
+
+    async fn settle(&self) -> bool {
+        let hurried = async {
+            set(&self.ending.hurried).await;
+            tokio::time::sleep(LAST_OUTPUT).await;
+        };
+        tokio::select! {
+            settled = self.streams.settle(STALL, SETTLE) => settled,
+            () = hurried => false,
+        }
+    }
+
+    /// The holder's pid is the task's: whoever kills it means the container.
+    async fn watch_holder(self: Arc<Self>) {
+        tokio::select! {
+            () = set(&self.ending.over) => {}
+            _ = self.ending.holder.readable() => {
+                warn!(self.log, "the task's holder process was killed, ending the container"; "pid" => self.pid);
+                // The guest ends it in order and keeps what it wrote; it has no choice.
+                let _ = self.kill(libc::SIGKILL.unsigned_abs(), true).await;
+            }
+        }
+    }
+
+    pub(crate) async fn kill(self: &Arc<Self>, signal: u32, all: bool) -> Result<(), Error> {
+        if *self.ending.over.borrow() || self.vm.has_ended() {
+            return Err(Error::Finished);
+        }
+        let fatal = signal == libc::SIGKILL.unsigned_abs();
+        if fatal {
+            tokio::spawn(Arc::clone(self).insist());
+        }
+        match with_vm(&self.vm, "signalling", self.guest.signal(&self.id, signal, all)).await {
+            Err(Error::Vm(_)) if fatal => Ok(()),
+            Err(Error::Vm(_)) => Err(Error::Finished),
+            Err(Error::Guest(error)) if fatal && error.is_silence() => {
+                warn!(self.log, "SIGKILL is not answered, ending the VM"; "error" => %error);
+                self.cut().await;
+                Ok(())
+            }
+            Err(Error::Guest(GuestError::Refused {
+                code: Code::NOT_FOUND | Code::FAILED_PRECONDITION,
+                ..
+            })) => Err(Error::Finished),
+            other => other,
+        }
+    }
+
+    /// SIGKILL cannot be ignored, whatever a hung or hostile guest makes of it.
+    async fn insist(self: Arc<Self>) {
+        if tokio::time::timeout(KILLED, set(&self.ending.over)).await.is_err() {
+            warn!(self.log, "SIGKILL is not obeyed, ending the VM"; "seconds" => KILLED.as_secs());
+            self.cut().await;
+        }
+    }
+
+    /// Gives the guest up: what it has not written back is lost.
+    async fn cut(&self) {
+        self.vm.kill().await;
+        self.ending.cut.send_replace(true);
+    }
+
+    /// Whether there is no guest any more that could be asked for anything.
+    pub(super) fn is_lost(&self) -> bool {
+        self.vm.has_ended() || *self.ending.cut.borrow()
+    }
+
+    /// Ends the process and the guest as a machine's own shutdown would, disks written back; by
+    /// force when the guest does not do it in time. The exit then waits for no client.
+    pub(crate) async fn shut_down(&self) {
+        self.ending.hurried.send_replace(true);
+        if self.is_lost() {
+            return;
+        }
+        let asked = self.guest.shutdown(GRACE, SHUTDOWN);
+        match with_vm(&self.vm, "shutting the guest down", asked).await {
+            // It powers itself off when its answer is out.
+            Ok(()) => drop(tokio::time::timeout(LOST, self.vm.ended()).await),
+            Err(error) => warn!(self.log, "the guest did not shut down in order"; "error" => %error),
+        }
+        if !self.vm.has_ended() {
+            self.cut().await;
+        }
+    }
+}
