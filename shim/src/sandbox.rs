@@ -225,6 +225,7 @@ impl Sandbox {
             self.mark("vmm_ready_ns");
             booting.notify_one();
             vm.ready(deadline, config).await?;
+            self.mark("guest_ready_ns");
             let guest = with_vm(&vm, "connecting to the agent", Guest::connect(Arc::clone(&vm))).await?;
             with_vm(&vm, "setting the guest up", guest.setup(&bundle.hostname)).await?;
             self.mark("agent_ready_ns");
@@ -239,12 +240,16 @@ impl Sandbox {
                 rootfs.lower.push(vm.attach_disk(file, true).await?);
             }
             rootfs.writable = vm.attach_disk(&disks.writable, false).await?;
-            Ok::<_, Error>(rootfs)
+            Ok::<_, Error>((rootfs, disks.paths()))
         };
-        let (guest, rootfs) = tokio::try_join!(guest, disks)?;
+        let (guest, (rootfs, paths)) = tokio::try_join!(guest, disks)?;
 
-        with_vm(&vm, "creating the container", guest.create(id, bundle.guest_spec, rootfs, stdio.wanted()))
-            .await?;
+        let (lower, writable) = (rootfs.lower.clone(), rootfs.writable.clone());
+        let created = guest.create(id, bundle.guest_spec, rootfs, stdio.wanted());
+        if let Err(error) = with_vm(&vm, "creating the container", created).await {
+            let of_a_disk = paths.explain(&lower, &writable, &error.to_string());
+            return Err(of_a_disk.map_or(error, Error::from));
+        }
         self.mark("container_created_ns");
         let streams = Streams::attach(&guest, id, stdio.terminal, fifos, log);
         let streams = with_vm(&vm, "connecting standard streams", streams).await?;

@@ -185,7 +185,7 @@ pub struct AttachedDisk {
 }
 
 /// A refusal or a fault. The VM is as it was before the call, unless `code` is
-/// [`FailureCode::Fatal`] or [`FailureCode::Ended`].
+/// [`FailureCode::Ended`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -207,8 +207,6 @@ pub enum FailureCode {
     HostUnfit,
     /// The kernel or initramfs cannot be booted.
     BadImage,
-    /// The VM is lost; an [`Event::Ended`] follows.
-    Fatal,
     /// The guest has ended already; the reason follows as [`Event::Ended`].
     Ended,
 }

@@ -96,7 +96,6 @@ pub(crate) struct Paths {
 }
 
 impl Disks {
-    #[allow(dead_code)] // Sandbox::build is to call it while it attaches the disks.
     pub(crate) fn paths(&self) -> Paths {
         Paths { lower: self.lower.iter().map(path_of).collect(), writable: path_of(&self.writable) }
     }
@@ -106,7 +105,6 @@ impl Paths {
     /// What the agent says when it cannot mount one of these disks (their serials in the order
     /// of [`Disks::lower`], and the writable one's), with the host's file and the mend.
     /// `None` when it says something else.
-    #[allow(dead_code)] // Sandbox::build is to call it when the agent refuses the container.
     pub(crate) fn explain(&self, lower: &[String], writable: &str, said: &str) -> Option<RootfsError> {
         let is_about = |serial: &str| said.contains(&format!("disk \"{serial}\": mount "));
         let detail = || format!("the guest cannot mount it: {said}");

@@ -250,7 +250,7 @@ impl Vm {
             Ok(Err(CallError::Io(source))) => Err(VmError::Host { operation, source }),
             Ok(Err(CallError::Refused(failure))) => match failure.code {
                 // The reason follows as the VMM's last message.
-                FailureCode::Fatal | FailureCode::Ended => {
+                FailureCode::Ended => {
                     let cause = self.cause(&failure.message).await;
                     Err(self.ended_error(operation, cause))
                 }
