@@ -61,9 +61,8 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     let reaper = Reaper::new();
     let registry = Registry::new(Arc::clone(&reaper));
     let reaping = tokio::spawn(reaper.run());
-    let loopback = allows_loopback(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     let bind = |port| {
-        VsockListener::bind(port, loopback)
+        VsockListener::bind(port)
             .map_err(|error| io::Error::new(error.kind(), format!("listen on vsock port {port}: {error}")))
     };
     let (rpc, streams) = (bind(RPC_PORT)?, bind(STDIO_PORT)?);
@@ -116,23 +115,8 @@ async fn announce() -> Option<std::os::fd::OwnedFd> {
     }
 }
 
-fn allows_loopback(cmdline: &str) -> bool {
-    cmdline.split_whitespace().any(|word| word == "spore.allow_loopback=1")
-}
-
 /// CLOCK_MONOTONIC in nanoseconds.
 fn monotonic_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
     u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn loopback_is_admitted_by_the_exact_word_only() {
-        assert!(allows_loopback("console=ttyS0 spore.allow_loopback=1 quiet\n"));
-        assert!(!allows_loopback("spore.allow_loopback=10 xspore.allow_loopback=1"));
-    }
 }

@@ -1,9 +1,7 @@
 //! vsock sockets on tokio.
 //!
 //! Only the host (CID 2) is served: where a kernel has the loopback transport, a container's
-//! process could otherwise reach the agent. The kernel parameter
-//! `spore.allow_loopback=1`, which only the host can set, admits CID 1 for tests that
-//! boot a guest without a vsock device.
+//! process could otherwise reach the agent.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -27,15 +25,14 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Listens on a port of the guest.
 pub struct VsockListener {
     socket: AsyncFd<OwnedFd>,
-    loopback: bool,
 }
 
 impl VsockListener {
-    pub fn bind(port: u32, loopback: bool) -> io::Result<Self> {
+    pub fn bind(port: u32) -> io::Result<Self> {
         let fd = socket(AddressFamily::Vsock, SockType::Stream, FLAGS, None)?;
         bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
         listen(&fd, Backlog::new(BACKLOG)?)?;
-        Ok(Self { socket: crate::sys::watch(fd)?, loopback })
+        Ok(Self { socket: crate::sys::watch(fd)? })
     }
 
     /// The next connection of an admitted peer, non-blocking. One that fails is skipped, and a want
@@ -50,7 +47,7 @@ impl VsockListener {
             match accepted {
                 Ok(fd) => {
                     let fd = own(fd);
-                    if self.admits(&fd) {
+                    if Self::admits(&fd) {
                         return Ok(fd);
                     }
                 }
@@ -66,7 +63,7 @@ impl VsockListener {
         }
     }
 
-    fn admits(&self, connection: &OwnedFd) -> bool {
+    fn admits(connection: &OwnedFd) -> bool {
         let peer: VsockAddr = match getpeername(connection.as_raw_fd()) {
             Ok(peer) => peer,
             Err(error) => {
@@ -74,8 +71,7 @@ impl VsockListener {
                 return false;
             }
         };
-        let local = peer.cid() == libc::VMADDR_CID_LOCAL;
-        let admitted = peer.cid() == libc::VMADDR_CID_HOST || (local && self.loopback);
+        let admitted = peer.cid() == libc::VMADDR_CID_HOST;
         if !admitted {
             crate::say!("vsock: refused a connection from CID {}", peer.cid());
         }
