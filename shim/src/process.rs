@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::{Deserialize, Serialize};
@@ -34,26 +35,38 @@ impl ProcessId {
 
     /// Kills that very process and waits for its end, at most `deadline`. `Ok(false)` when it
     /// had already ended.
-    pub(crate) fn kill(self, deadline: std::time::Duration) -> io::Result<bool> {
-        let pidfd = match pidfd_open(self.pid) {
-            Ok(pidfd) => pidfd,
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
-            Err(error) => return Err(error),
-        };
-        // The pidfd pins whoever has the pid now; only then is the comparison sound.
-        if !self.is_alive() {
-            return Ok(false);
-        }
+    pub(crate) fn kill(self, deadline: Duration) -> io::Result<bool> {
+        let Some(pidfd) = self.pin()? else { return Ok(false) };
         pidfd_kill(&pidfd, libc::SIGKILL)?;
-        let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
-        let mut poll = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        match nix::poll::poll(&mut poll, timeout)? {
-            0 => {
-                Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {} survives SIGKILL", self.pid)))
-            }
-            _ => Ok(true),
+        if ends_within(&pidfd, deadline)? {
+            return Ok(true);
+        }
+        Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {} survives SIGKILL", self.pid)))
+    }
+
+    /// Waits for that very process's own end, at most `deadline`.
+    pub(crate) fn wait(self, deadline: Duration) -> io::Result<()> {
+        match self.pin()? {
+            Some(pidfd) => ends_within(&pidfd, deadline).map(drop),
+            None => Ok(()),
         }
     }
+
+    /// A descriptor of that very process; `None` when it has ended.
+    fn pin(self) -> io::Result<Option<OwnedFd>> {
+        match pidfd_open(self.pid) {
+            // The pidfd pins whoever has the pid now; only then is the comparison sound.
+            Ok(pidfd) => Ok(self.is_alive().then_some(pidfd)),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn ends_within(pidfd: &OwnedFd, deadline: Duration) -> io::Result<bool> {
+    let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
+    let mut poll = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    Ok(nix::poll::poll(&mut poll, timeout)? != 0)
 }
 
 /// Fields 3 (state) and 22 (start time) of `/proc/<pid>/stat`.

@@ -16,6 +16,8 @@ use crate::rootfs;
 
 const RECORD: &str = "processes.json";
 /// How long a killed process may take to disappear.
+/// What a shim may take for its own end. containerd gives all of this 5 s.
+const END_DEADLINE: Duration = Duration::from_secs(3);
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// How often others may remove the namespace's directory while it is being used.
 const CREATE_ATTEMPTS: u32 = 1000;
@@ -28,6 +30,9 @@ pub(crate) struct Record {
     pub(crate) holder: Option<ProcessId>,
     /// The socket's address as containerd knows it.
     pub(crate) address: Option<String>,
+    /// The shim is on its way out: who reclaims waits for it a little.
+    #[serde(default)]
+    pub(crate) ending: bool,
 }
 
 /// The directory, opened: its files are reached through the descriptor, because a socket's
@@ -200,6 +205,12 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
     let record = read(path);
     let mut problems = Vec::new();
     let this = ProcessId::this().ok();
+    // containerd calls as soon as a shim has answered Shutdown: it has its last events to send.
+    if let Some(shim) = record.shim.filter(|_| record.ending)
+        && let Err(error) = shim.wait(END_DEADLINE)
+    {
+        problems.push(format!("shim process {}: wait for its end: {error}", shim.pid));
+    }
     // The shim first: a living one would report the end of its VM as an accident.
     for (name, process) in [("shim", record.shim), ("VMM", record.vmm), ("holder", record.holder)] {
         let Some(process) = process.filter(|process| Some(*process) != this) else { continue };
@@ -234,6 +245,22 @@ mod tests {
         assert!(dir.file("vsock.sock").exists());
         dir.remove().unwrap();
         assert!(!dir.path().parent().unwrap().exists());
+    }
+
+    #[test]
+    fn reclaiming_waits_for_a_shim_that_ends_by_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(root.path(), "default", "web").unwrap();
+        // It ends when its input does: when this thread has reclaim waiting.
+        let mut shim = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let id = ProcessId::of(shim.id()).unwrap();
+        dir.record(|record| (record.shim, record.ending) = (Some(id), true)).unwrap();
+        let path = dir.path().to_owned();
+        let reclaiming = std::thread::spawn(move || reclaim(&path));
+        drop(shim.stdin.take());
+        let status = shim.wait().unwrap();
+        assert!(status.success(), "{status}");
+        assert_eq!(reclaiming.join().unwrap().1, Vec::<String>::new());
     }
 
     #[test]

@@ -107,7 +107,11 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("watch SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("watch SIGINT"))?;
     tokio::select! {
-        () = done.notified() => info!(log, "shut down"),
+        () = done.notified() => {
+            info!(log, "shut down");
+            // Where it cannot be recorded, the directory is gone and nothing is reclaimed.
+            let _ = dir.record(|record| record.ending = true);
+        }
         _ = terminate.recv() => {
             warn!(log, "SIGTERM: everything is ended");
             sandbox.abandon().await;
