@@ -66,7 +66,7 @@ pub(crate) struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            kernel: "/usr/local/lib/spore/vmlinuz".into(),
+            kernel: "/usr/local/lib/spore/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/initramfs".into(),
             vmm: "/usr/local/libexec/spore/spore-vmm".into(),
             vcpus: 1,

@@ -9,27 +9,26 @@ use crate::host;
 
 /// One boot does not depend on containerd's series: only the newest runs them.
 pub(crate) const CASES: &[Case] = &[
-    Case::new("matrix::bzimage_1_cpu_128_mib", |subject| boots(subject, 1, 128)).spore_only().since("2."),
-    Case::new("matrix::bzimage_2_cpus_512_mib", |subject| boots(subject, 2, 512)).spore_only().since("2."),
-    Case::new("matrix::bzimage_4_cpus_6_gib", |subject| boots(subject, 4, 6144)).spore_only().since("2."),
-    Case::new("matrix::vmlinux_1_cpu_128_mib", |subject| vmlinux(subject, 1, 128))
+    Case::new("matrix::vmlinux_1_cpu_128_mib", |subject| boots(subject, 1, 128)).spore_only().since("2."),
+    Case::new("matrix::vmlinux_2_cpus_1_gib", |subject| boots(subject, 2, 1024)).spore_only().since("2."),
+    Case::new("matrix::vmlinux_4_cpus_6_gib", |subject| boots(subject, 4, 6144)).spore_only().since("2."),
+    Case::new("matrix::bzimage_1_cpu_128_mib", |subject| bzimage(subject, 1, 128))
         .spore_only()
         .alone()
         .since("2."),
-    Case::new("matrix::vmlinux_2_cpus_1_gib", |subject| vmlinux(subject, 2, 1024))
+    Case::new("matrix::bzimage_2_cpus_512_mib", |subject| bzimage(subject, 2, 512))
         .spore_only()
         .alone()
         .since("2."),
-    Case::new("matrix::vmlinux_4_cpus_6_gib", |subject| vmlinux(subject, 4, 6144))
+    Case::new("matrix::bzimage_4_cpus_6_gib", |subject| bzimage(subject, 4, 6144))
         .spore_only()
         .alone()
         .since("2."),
 ];
 
-const VMLINUX: &str = "/opt/payload/spore/vmlinux";
-
-fn vmlinux(subject: &Subject, vcpus: u32, memory_mib: u64) -> Result<()> {
-    let _config = host::Config::with(&format!("kernel = \"{VMLINUX}\""))?;
+/// The ELF file beside it is the default.
+fn bzimage(subject: &Subject, vcpus: u32, memory_mib: u64) -> Result<()> {
+    let _config = host::Config::with("kernel = \"/usr/local/lib/spore/vmlinuz\"")?;
     boots(subject, vcpus, memory_mib)
 }
 

@@ -18,6 +18,7 @@ const INSTALLED: &[(&str, &str, u32)] = &[
     ("containerd-shim-spore-v2", "/usr/local/bin/containerd-shim-spore-v2", 0o755),
     ("spore-vmm", "/usr/local/libexec/spore/spore-vmm", 0o755),
     ("vmlinuz", "/usr/local/lib/spore/vmlinuz", 0o644),
+    ("vmlinux", "/usr/local/lib/spore/vmlinux", 0o644),
     ("initramfs", "/usr/local/lib/spore/initramfs", 0o644),
 ];
 
