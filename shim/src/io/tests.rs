@@ -1,7 +1,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use slog::o;
 use tokio::net::UnixStream;
@@ -30,6 +30,17 @@ fn pattern(length: usize) -> Vec<u8> {
             state.to_le_bytes()[0]
         })
         .collect()
+}
+
+/// Streams that carry a guest's standard output to a fifo, and the guest's end of it.
+fn output_to(path: &Path) -> (Streams, UnixStream) {
+    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+    let fifos = Fifos::open(&stdio).unwrap();
+    let (shim, guest) = UnixStream::pair().unwrap();
+    let (from_guest, to_guest) = shim.into_split();
+    let streams = Streams::new(&log());
+    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    (streams, guest)
 }
 
 #[tokio::test]
@@ -74,12 +85,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
 async fn a_client_may_detach_and_another_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
-    let (shim, mut guest) = UnixStream::pair().unwrap();
-    let (from_guest, to_guest) = shim.into_split();
-    let streams = Streams::new(&log());
-    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let (streams, mut guest) = output_to(&path);
     let read = |path: PathBuf, length: usize| async move {
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -100,12 +106,7 @@ async fn a_client_may_detach_and_another_come_back() {
 #[tokio::test]
 async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
     let dir = tempfile::tempdir().unwrap();
-    let stdio = Stdio { stdout: fifo(&dir, "stdout").display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
-    let (shim, mut guest) = UnixStream::pair().unwrap();
-    let (from_guest, to_guest) = shim.into_split();
-    let streams = Streams::new(&log());
-    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let (streams, mut guest) = output_to(&fifo(&dir, "stdout"));
     let writer = tokio::spawn(async move {
         let _ = guest.write_all(&vec![0; 4 << 20]).await;
     });
@@ -118,12 +119,7 @@ async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
 async fn a_guest_that_writes_for_ever_delays_the_exit_only_until_the_cap() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
-    let (shim, mut guest) = UnixStream::pair().unwrap();
-    let (from_guest, to_guest) = shim.into_split();
-    let streams = Streams::new(&log());
-    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    let (streams, mut guest) = output_to(&path);
     let reader =
         std::thread::spawn(move || std::io::copy(&mut File::open(path).unwrap(), &mut std::io::sink()));
     let writer = tokio::spawn(async move { while guest.write_all(&[0; 4096]).await.is_ok() {} });

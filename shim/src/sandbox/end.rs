@@ -87,11 +87,7 @@ impl Sandbox {
     async fn reclaim(&self, container: &Container) {
         self.write_timeline(container).await;
         container.vm.kill().await;
-        let config = &self.context.config;
-        match RunDir::create(&config.run_dir, &self.context.namespace, &self.context.id) {
-            Ok(dir) => self.remove_dir(&dir),
-            Err(error) => warn!(self.context.log, "run-time directory"; "error" => %error),
-        }
+        self.remove_dir(container.vm.dir());
     }
 
     pub(super) fn remove_dir(&self, dir: &RunDir) {

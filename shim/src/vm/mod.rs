@@ -172,6 +172,10 @@ impl Vm {
         self.id
     }
 
+    pub(crate) fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }

@@ -6,14 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
-use spore_harness::containerd::{Containerd, Output, Runtime, series};
+use spore_harness::containerd::{Containerd, Output, Runtime, preferred_series};
 use spore_harness::image::{self, BUSYBOX};
 
 const HOME: &str = "/srv/bench";
 const CONFIG: &str = "/etc/spore/config.toml";
 const TIMELINE: &str = "/srv/bench/timeline.jsonl";
-/// Series of containerd to measure with: the one of Debian stable.
-const SERIES: &str = "1.7";
 
 /// The shim's account of one sandbox: marks in nanoseconds of the ground's CLOCK_MONOTONIC.
 pub(crate) type Timeline = Map<String, Value>;
@@ -29,15 +27,10 @@ impl Lab {
     pub(crate) fn start(results: &Path) -> Result<Self> {
         let directory = PathBuf::from(HOME);
         fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
-        let all = series()?;
-        let chosen = all
-            .iter()
-            .find(|found| *found == SERIES)
-            .or(all.last())
-            .context("the ground has no containerd")?;
+        let chosen = preferred_series()?;
         eprintln!("starting containerd {chosen}");
         let log = results.join("logs/containerd.log");
-        let containerd = Containerd::start(chosen, &directory.join("containerd"), &log)?;
+        let containerd = Containerd::start(&chosen, &directory.join("containerd"), &log)?;
         let archive = directory.join("image.tar");
         image::write_images(Path::new("/bin/busybox"), &archive)?;
         containerd.import(&archive, "overlayfs", &[])?;

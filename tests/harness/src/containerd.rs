@@ -56,6 +56,13 @@ impl std::str::FromStr for Runtime {
     }
 }
 
+/// Series for the demo and the benchmarks: Debian stable's when the ground has it, else the newest.
+pub fn preferred_series() -> Result<String> {
+    let all = series()?;
+    let chosen = all.iter().find(|found| *found == "1.7").or(all.last());
+    chosen.cloned().context("the ground has no containerd")
+}
+
 /// Series of containerd that the ground has, oldest first.
 pub fn series() -> Result<Vec<String>> {
     let mut found: Vec<String> = fs::read_dir("/opt")

@@ -7,14 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use nix::sys::utsname::uname;
 
-use crate::containerd::{Containerd, Output, Runtime, series};
+use crate::containerd::{Containerd, Output, Runtime, preferred_series};
 use crate::host::run::Request;
 use crate::image::{self, BUSYBOX};
 
 const DEADLINE: Duration = Duration::from_secs(400);
 const HOME: &str = "/srv/demo";
-/// Series of containerd that the demo prefers: the one of Debian stable.
-const SERIES: &str = "1.7";
 
 /// The request to run [`tour`] on the ground.
 pub fn request(runtime: String) -> Result<Request> {
@@ -34,13 +32,11 @@ pub fn tour(runtime: &str, host: &str) -> Result<()> {
     let runtime: Runtime = runtime.parse()?;
     let directory = PathBuf::from(HOME);
     std::fs::create_dir_all(&directory)?;
-    let all = series()?;
-    let chosen = all.iter().find(|found| *found == SERIES).or(all.last());
-    let Some(chosen) = chosen else { anyhow::bail!("the ground has no containerd") };
+    let chosen = preferred_series()?;
 
     let mut clock = Clock::start();
     let logs = Path::new(crate::job::RESULTS).join("logs/containerd.log");
-    let containerd = Containerd::start(chosen, &directory.join("containerd"), &logs)?;
+    let containerd = Containerd::start(&chosen, &directory.join("containerd"), &logs)?;
     clock.lap(&format!("a private containerd {chosen} started"));
     let archive = directory.join("image.tar");
     image::write_images(Path::new("/bin/busybox"), &archive)?;

@@ -13,11 +13,9 @@ use anyhow::{Context, Result, bail};
 use super::relay::{OVERHEAD, Outcome, Relay};
 use super::rootfs::Root;
 use super::run::Finished;
+use crate::inside::stage::MODULES;
 use crate::job::{Job, Record};
 use crate::wait;
-
-/// Modules that the ground uses; those built in or missing here are the ground's to notice.
-const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
 
 /// Runs the job in namespaces on the host's kernel.
 pub fn run(root: &Root, payload: &Path, init: &Path, run_directory: &Path, job: &Job) -> Result<Finished> {

@@ -11,7 +11,8 @@ use nix::mount::{MsFlags, mount};
 
 use crate::job::PAYLOAD;
 
-const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
+/// Modules that a ground uses.
+pub(crate) const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
 
 /// File on the payload disk, where it is installed, its mode.
 const INSTALLED: &[(&str, &str, u32)] = &[
