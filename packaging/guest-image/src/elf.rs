@@ -1,6 +1,6 @@
 //! The little that must be known of ELF files: that the agent is a static x86_64
 //! executable, that a module or a kernel is an x86_64 object, and what of the agent the
-//! guest's kernel reads. Format: System V ABI, chapter 4 and 5. Input is untrusted.
+//! guest's kernel reads, or of the kernel the VMM. Format: System V ABI, chapter 4 and 5. Input is untrusted.
 
 use crate::error::ElfError;
 
@@ -18,6 +18,8 @@ type Result<T> = std::result::Result<T, ElfError>;
 /// A loadable or interpreter segment's place in the file.
 struct Segment {
     kind: u32,
+    /// Where its program header is.
+    header: usize,
     offset: u64,
     size: u64,
 }
@@ -30,13 +32,30 @@ pub(crate) fn check_module(data: &[u8]) -> Result<()> {
     }
 }
 
-/// Checks that `data` is a kernel image as unpacked from a bzImage (the file may go on
-/// behind the ELF: relocations).
-pub(crate) fn check_kernel(data: &[u8]) -> Result<()> {
-    match header(data)? {
-        ET_EXEC | ET_DYN => segments(data).map(drop),
-        found => Err(ElfError::Type { found, expected: "2 (executable) or 3 (shared)" }),
+/// Checks that `data` is a kernel image as unpacked from a bzImage, and leaves what booting it
+/// needs: neither what stands behind the ELF (relocations) nor the zeroes at the end of a segment,
+/// which is memory that the loader need not write. The BSS of Debian's kernel is 11 MiB of them.
+pub(crate) fn lean_kernel(mut data: Vec<u8>) -> Result<Vec<u8>> {
+    match header(&data)? {
+        ET_EXEC | ET_DYN => {}
+        found => return Err(ElfError::Type { found, expected: "2 (executable) or 3 (shared)" }),
     }
+    let mut needed = HEADER;
+    for segment in segments(&data)? {
+        let bytes = range(&segment, data.len());
+        let end = match segment.kind {
+            PT_LOAD => {
+                bytes.start + data[bytes].iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
+            }
+            _ => bytes.end,
+        };
+        if segment.kind == PT_LOAD {
+            let size = (end as u64).saturating_sub(segment.offset);
+            data[segment.header + 32..segment.header + 40].copy_from_slice(&size.to_le_bytes());
+        }
+        needed = needed.max(end);
+    }
+    Ok(without_symbols(&data, needed))
 }
 
 /// Checks that `data` is a static executable; gives the number of leading bytes that
@@ -49,16 +68,20 @@ pub(crate) fn check_agent(data: &[u8]) -> Result<usize> {
     let segments = segments(data)?;
     let mut needed = HEADER;
     for segment in &segments {
-        // In range: `segments` has checked it.
-        let start = usize::try_from(segment.offset).unwrap_or(usize::MAX).min(data.len());
-        let end = usize::try_from(segment.offset + segment.size).unwrap_or(usize::MAX).min(data.len());
+        let bytes = range(segment, data.len());
         if segment.kind == PT_INTERP {
-            let name = String::from_utf8_lossy(&data[start..end.min(start + 256)]);
+            let name = String::from_utf8_lossy(&data[bytes.start..bytes.end.min(bytes.start + 256)]);
             return Err(ElfError::Dynamic { interpreter: name.trim_end_matches('\0').to_owned() });
         }
-        needed = needed.max(end);
+        needed = needed.max(bytes.end);
     }
     Ok(needed)
+}
+
+/// A segment's bytes in a file of `length`; in range, for `segments` has checked it.
+fn range(segment: &Segment, length: usize) -> std::ops::Range<usize> {
+    let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX).min(length);
+    at(segment.offset)..at(segment.offset + segment.size)
 }
 
 /// The file without what running it does not need: symbols and section headers.
@@ -103,8 +126,12 @@ fn segments(data: &[u8]) -> Result<Vec<Segment>> {
     let mut loadable = false;
     for index in 0..count {
         let at = start + usize::from(index) * usize::from(size);
-        let segment =
-            Segment { kind: u32_at(data, at), offset: u64_at(data, at + 8), size: u64_at(data, at + 32) };
+        let segment = Segment {
+            kind: u32_at(data, at),
+            header: at,
+            offset: u64_at(data, at + 8),
+            size: u64_at(data, at + 32),
+        };
         if segment.kind != PT_LOAD && segment.kind != PT_INTERP {
             continue;
         }
@@ -118,7 +145,7 @@ fn segments(data: &[u8]) -> Result<Vec<Segment>> {
         return Err(ElfError::NoSegment);
     }
     // The table itself is read from the file too.
-    found.push(Segment { kind: 0, offset, size: table as u64 });
+    found.push(Segment { kind: 0, header: start, offset, size: table as u64 });
     Ok(found)
 }
 

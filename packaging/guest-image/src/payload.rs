@@ -75,7 +75,7 @@ pub(crate) fn parse(data: &[u8]) -> std::result::Result<Setup<'_>, KernelError> 
 }
 
 impl Setup<'_> {
-    /// The kernel's ELF file (`vmlinux` without debugging symbols).
+    /// The kernel's ELF file (`vmlinux` without debugging symbols), as [`elf::lean_kernel`] leaves it.
     pub(crate) fn unpack(&self, path: &Path) -> Result<Vec<u8>> {
         let bad = |source| Error::Kernel { path: path.to_owned(), source };
         let payload = self.payload;
@@ -93,8 +93,7 @@ impl Setup<'_> {
         if filter.is_some() && unpacked.len() as u64 != expected {
             return Err(bad(KernelError::PayloadMismatch { found: unpacked.len() as u64, expected }));
         }
-        elf::check_kernel(&unpacked).map_err(|source| bad(KernelError::PayloadElf(source)))?;
-        Ok(unpacked)
+        elf::lean_kernel(unpacked).map_err(|source| bad(KernelError::PayloadElf(source)))
     }
 }
 

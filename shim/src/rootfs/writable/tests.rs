@@ -76,7 +76,7 @@ fn the_layer_lives_in_the_snapshot_and_a_second_task_sees_the_first_ones_writes(
 #[test]
 fn the_golden_file_system_is_sparse_and_sound() {
     let host = Host::new();
-    let disk = host.path("state/golden/1024.ext4");
+    let disk = host.path(&format!("state/golden/1024-{GOLDEN_FORMAT}.ext4"));
     open(&host.overlay(), &host.path("state"), 1024).unwrap();
     let metadata = std::fs::metadata(&disk).unwrap();
     assert_eq!(metadata.len(), 1 << 30);
