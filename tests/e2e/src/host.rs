@@ -82,7 +82,8 @@ pub(crate) fn process(words: &[&str]) -> Result<Pid> {
     wait::until(&format!("a process {words:?} appears"), APPEAR, || find(words))
 }
 
-fn find(words: &[&str]) -> Option<Pid> {
+/// As [`process`], without waiting.
+pub(crate) fn find(words: &[&str]) -> Option<Pid> {
     processes().find(|(_, command)| words.iter().all(|word| command.contains(word))).map(|(pid, _)| pid)
 }
 
@@ -102,11 +103,16 @@ fn command_of(pid: Pid) -> Option<String> {
 /// `words_of_parent`; both.
 pub(crate) fn child_and_parent(word: &str, words_of_parent: &[&str]) -> Result<(Pid, Pid)> {
     wait::until(&format!("a child {word:?} of {words_of_parent:?} appears"), APPEAR, || {
-        processes().find_map(|(child, command)| {
-            let parent = parent(child).filter(|_| command.contains(word))?;
-            let command = command_of(parent)?;
-            words_of_parent.iter().all(|word| command.contains(word)).then_some((child, parent))
-        })
+        find_child(word, words_of_parent)
+    })
+}
+
+/// As [`child_and_parent`], without waiting.
+pub(crate) fn find_child(word: &str, words_of_parent: &[&str]) -> Option<(Pid, Pid)> {
+    processes().find_map(|(child, command)| {
+        let parent = parent(child).filter(|_| command.contains(word))?;
+        let command = command_of(parent)?;
+        words_of_parent.iter().all(|word| command.contains(word)).then_some((child, parent))
     })
 }
 

@@ -1,16 +1,16 @@
 //! The VMM or the shim killed by force, at every phase: the client is told, nothing is left.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use spore_harness::containerd::{Output, Running};
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
-use super::{Case, expect_contains};
+use super::{Case, expect_contains, soak};
 use crate::bed::Subject;
-use crate::host::{child_and_parent, kill_hard, process};
+use crate::host::{self, child_and_parent, kill_hard, process};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM))
@@ -24,11 +24,18 @@ pub(crate) const CASES: &[Case] = &[
         .newest_unless_soak(),
     Case::new("killed::shim_while_it_runs", shim_while_it_runs).alone().newest_unless_soak(),
     Case::new("killed::shim_before_delete", shim_before_delete).alone().newest_unless_soak(),
+    Case::new("killed::at_any_moment", at_any_moment)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(2 + MOMENTS),
 ];
 
 const VMM: &str = "spore-vmm";
 const SHIM: &str = "containerd-shim-spore-v2";
 const DEADLINE: Duration = Duration::from_secs(60);
+/// Moments of a container's life at which it is killed.
+const MOMENTS: usize = 4;
 
 fn started(subject: &Subject, id: &str, script: &str) -> Result<Running> {
     subject.ctr(&["run", "--rm", "--runtime", subject.runtime.id(), BUSYBOX, id, "sh", "-c", script])?.spawn()
@@ -87,6 +94,33 @@ fn shim_before_delete(subject: &Subject) -> Result<()> {
     })?;
     kill_hard(process(&[shim_of(subject), &id])?)?;
     gone(subject, &id, &before)
+}
+
+/// VMM and shim in turn, at moments spread evenly over the whole of a run.
+fn at_any_moment(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let whole = subject.shell("whole", "true")?.elapsed;
+    let moments = soak().map_or(MOMENTS, |runs| runs.div_ceil(4));
+    let mut killed = 0;
+    for moment in 0..moments {
+        let id = subject.id("moment");
+        let begin = Instant::now();
+        let call = started(subject, &id, "true")?;
+        let offset = whole.mul_f64((moment as f64 + 0.5) / moments as f64);
+        wait::until("the moment", DEADLINE, || (begin.elapsed() >= offset).then_some(()))?;
+        let victim = if moment % 2 == 0 {
+            host::find_child(VMM, &[SHIM, &id]).map(|(vmm, _)| vmm)
+        } else {
+            host::find(&[SHIM, &id])
+        };
+        // It may have gone by itself just now.
+        killed += victim.map_or(0, |victim| usize::from(kill_hard(victim).is_ok()));
+        let output = call.wait()?;
+        gone(subject, &id, &before)
+            .with_context(|| format!("killed {offset:?} of {whole:?} after the start: {output}"))?;
+    }
+    ensure!(killed * 2 >= moments, "only {killed} of {moments} moments had anything to kill");
+    Ok(())
 }
 
 fn shim_of(subject: &Subject) -> &'static str {
