@@ -13,10 +13,10 @@ use crate::stats::Sample;
 
 /// Name, kernel and initramfs on the payload disk; the first is what the others are compared with.
 const KERNELS: &[(&str, &str, &str)] = &[
-    ("Debian's vmlinuz", "spore/vmlinuz", "spore/initramfs"),
-    ("Debian's vmlinux", "spore/vmlinux", "spore/initramfs"),
-    ("slim bzImage", "spore/slim/vmlinuz", "spore/slim/initramfs"),
-    ("slim vmlinux", "spore/slim/vmlinux", "spore/slim/initramfs"),
+    ("Debian's vmlinuz", "spore/target/guest/vmlinuz", "spore/target/guest/initramfs"),
+    ("Debian's vmlinux", "spore/target/guest/vmlinux", "spore/target/guest/initramfs"),
+    ("slim bzImage", "spore/target/guest-slim/vmlinuz", "spore/target/guest-slim/initramfs"),
+    ("slim vmlinux", "spore/target/guest-slim/vmlinux", "spore/target/guest-slim/initramfs"),
 ];
 /// What is told of each.
 const FIGURES: [(&str, &str); 5] = [

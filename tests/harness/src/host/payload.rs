@@ -8,26 +8,34 @@ use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
 use super::{cache, rootfs};
+use crate::job::CHECKOUT;
 
 /// Where cargo leaves the binaries, below the checkout.
 pub const BINARIES: &str = "target/x86_64-unknown-linux-gnu/release";
 /// Where the guest image's build leaves kernel and initramfs.
 pub const GUEST: &str = "target/guest";
 
-/// Path in the checkout, path on the payload disk.
-const FILES: &[(&str, &str)] = &[
+/// Programs that test: path in the checkout, path on the payload disk.
+const PROGRAMS: &[(&str, &str)] = &[
     ("target/x86_64-unknown-linux-gnu/release/spore-testbed", "bin/spore-testbed"),
     ("target/x86_64-unknown-linux-gnu/release/spore-e2e", "bin/spore-e2e"),
     ("target/x86_64-unknown-linux-gnu/release/spore-bench", "bin/spore-bench"),
-    ("target/x86_64-unknown-linux-gnu/release/containerd-shim-spore-v2", "spore/containerd-shim-spore-v2"),
-    ("target/x86_64-unknown-linux-gnu/release/spore-vmm", "spore/spore-vmm"),
-    ("target/guest/vmlinuz", "spore/vmlinuz"),
-    ("target/guest/initramfs", "spore/initramfs"),
-    ("target/guest/vmlinux", "spore/vmlinux"),
+];
+
+/// What is tested, and what installs it; at the same path below [`CHECKOUT`] of the payload disk.
+const PRODUCT: &[&str] = &[
+    "packaging/install",
+    "packaging/config.toml",
+    "target/x86_64-unknown-linux-gnu/release/containerd-shim-spore-v2",
+    "target/x86_64-unknown-linux-gnu/release/spore-vmm",
+    "target/guest/vmlinuz",
+    "target/guest/vmlinux",
+    "target/guest/initramfs",
+    "target/guest/manifest.json",
     // packaging/guest-image/build --kernel target/kernel/bzImage --out target/guest-slim
-    ("target/guest-slim/vmlinuz", "spore/slim/vmlinuz"),
-    ("target/guest-slim/vmlinux", "spore/slim/vmlinux"),
-    ("target/guest-slim/initramfs", "spore/slim/initramfs"),
+    "target/guest-slim/vmlinuz",
+    "target/guest-slim/vmlinux",
+    "target/guest-slim/initramfs",
 ];
 
 /// The disk image. What is not built is left out; the ground says so when it is asked for.
@@ -35,13 +43,15 @@ pub fn prepare(repository: &Path) -> Result<PathBuf> {
     let mut present = Vec::new();
     let mut key = cache::Key::default().with("1");
     let mut size = 0;
-    for (from, to) in FILES {
+    let programs = PROGRAMS.iter().map(|(from, to)| (*from, PathBuf::from(to)));
+    let product = PRODUCT.iter().map(|from| (*from, Path::new(CHECKOUT).join(from)));
+    for (from, to) in programs.chain(product) {
         let path = repository.join(from);
         match fs::read(&path) {
             Ok(content) => {
                 size += content.len() as u64;
-                key = key.with(to).with(Sha256::digest(&content));
-                present.push((path, *to));
+                key = key.with(to.as_os_str().as_encoded_bytes()).with(Sha256::digest(&content));
+                present.push((path, to));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),

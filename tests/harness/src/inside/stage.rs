@@ -2,29 +2,21 @@
 //! installed at the paths that its users have.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 
-use crate::job::PAYLOAD;
+use crate::job::{CHECKOUT, PAYLOAD};
 
 /// Modules that a ground uses.
 pub(crate) const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
 
-/// File on the payload disk, where it is installed, its mode.
-const INSTALLED: &[(&str, &str, u32)] = &[
-    ("containerd-shim-spore-v2", "/usr/local/bin/containerd-shim-spore-v2", 0o755),
-    ("spore-vmm", "/usr/local/libexec/spore/spore-vmm", 0o755),
-    ("vmlinuz", "/usr/local/lib/spore/vmlinuz", 0o644),
-    ("vmlinux", "/usr/local/lib/spore/vmlinux", 0o644),
-    ("initramfs", "/usr/local/lib/spore/initramfs", 0o644),
-];
-
+const SETTINGS: &str = "/etc/spore/config.toml";
 /// Boots take seconds where the outer machine's CPU is emulated: twice the default.
-const CONFIG: &str = "# Written by the test bed.\nboot_deadline_s = 120\n";
+const CONFIG: &str = "\n# Added by the test bed.\nboot_deadline_s = 120\n";
 
 /// Mounts `/proc`, `/sys` and `/dev` below `root`.
 pub(super) fn mount_kernel_views(root: &Path) -> Result<()> {
@@ -78,19 +70,16 @@ pub(super) fn furnish() -> Result<()> {
     install()
 }
 
-/// Installs what the payload holds of Spore.
+/// Installs Spore as its users do.
 fn install() -> Result<()> {
-    for (name, to, mode) in INSTALLED {
-        let from = Path::new(PAYLOAD).join("spore").join(name);
-        if !from.exists() {
-            continue;
-        }
-        let to = Path::new(to);
-        fs::create_dir_all(to.parent().unwrap_or(to))?;
-        fs::copy(&from, to).with_context(|| format!("installing {}", to.display()))?;
-        fs::set_permissions(to, fs::Permissions::from_mode(*mode))?;
+    let install = Path::new(PAYLOAD).join(CHECKOUT).join("packaging/install");
+    let output =
+        Command::new(&install).output().with_context(|| format!("starting {}", install.display()))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        eprintln!("spore-testbed: Spore is not installed: {}", text.trim_end());
+        return Ok(());
     }
-    fs::create_dir_all("/etc/spore")?;
-    fs::write("/etc/spore/config.toml", CONFIG)?;
-    Ok(())
+    let mut config = fs::File::options().append(true).open(SETTINGS)?;
+    config.write_all(CONFIG.as_bytes()).with_context(|| format!("adding to {SETTINGS}"))
 }
