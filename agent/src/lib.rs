@@ -18,3 +18,4 @@ pub mod service;
 pub mod stdio;
 pub mod sys;
 pub mod vsock;
+pub mod wait;

@@ -4,12 +4,12 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use crate::sys;
+use crate::wait::poll;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Killed processes are gone within this time, or one hangs in the kernel.
@@ -79,9 +79,7 @@ impl Cgroup {
 
     /// Kills what is left and removes it with all below. Blocking.
     pub fn remove(&self) -> io::Result<()> {
-        let end = Instant::now() + KILL_DEADLINE;
-        let mut pause = Duration::from_micros(500);
-        loop {
+        let attempt = || {
             self.kill()?;
             let mut directories = Vec::new();
             collect(&self.path, &mut directories);
@@ -89,20 +87,17 @@ impl Cgroup {
             for directory in directories.iter().rev() {
                 result = fs::remove_dir(directory);
             }
-            match result {
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                    if Instant::now() >= end {
-                        return Err(error);
-                    }
-                }
-                Err(error) if !gone(&error) => return Err(error),
-                _ => break,
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
+            result
+        };
+        let busy = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
+        // What is killed takes a moment to leave.
+        let removed =
+            poll(KILL_DEADLINE, || Some(attempt()).filter(|result| !result.as_ref().is_err_and(busy)));
+        match removed.unwrap_or_else(attempt) {
+            Err(error) if !gone(&error) => Err(error),
+            // Parents stay: another container may be about to make its own below them.
+            _ => Ok(()),
         }
-        // Parents stay: another container may be about to make its own below them.
-        Ok(())
     }
 }
 

@@ -9,12 +9,12 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::{AgentError, Result};
+use crate::wait::poll;
 
 const MOUNTS: &str = "/run/spore/disks";
 const SYS_BLOCK: &str = "/sys/block";
@@ -200,22 +200,6 @@ fn scan(block: &Path, names: &mut HashMap<String, String>) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Asks until there is an answer or the time is up, ever less often.
-fn poll<T>(deadline: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
-    let end = Instant::now() + deadline;
-    let mut pause = Duration::from_micros(500);
-    loop {
-        if let Some(answer) = ask() {
-            return Some(answer);
-        }
-        if Instant::now() >= end {
-            return None;
-        }
-        thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(20));
-    }
 }
 
 #[cfg(test)]

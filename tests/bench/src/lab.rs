@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
-use spore_harness::containerd::{Containerd, Output, Runtime, preferred_series};
+use spore_harness::call::Output;
+use spore_harness::containerd::{Containerd, Runtime, preferred_series};
 use spore_harness::image::{self, BUSYBOX};
 
 const HOME: &str = "/srv/bench";

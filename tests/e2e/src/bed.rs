@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use anyhow::{Context, Result, anyhow};
-use spore_harness::containerd::{Call, Containerd, Output, Runtime};
+use spore_harness::call::{Call, Output};
+use spore_harness::containerd::{Containerd, Runtime};
 use spore_harness::image;
 use spore_harness::leftovers::{self, Inventory};
 

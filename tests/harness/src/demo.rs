@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use nix::sys::utsname::uname;
 
-use crate::containerd::{Containerd, Output, Runtime, preferred_series};
+use crate::call::{Call, Output};
+use crate::containerd::{Containerd, Runtime, preferred_series};
 use crate::host::run::Request;
 use crate::image::{self, BUSYBOX};
 
@@ -113,7 +114,7 @@ struct Show<'a> {
 }
 
 impl Show<'_> {
-    fn call(&mut self, command: &[&str], stdin: Option<&str>) -> crate::containerd::Call {
+    fn call(&mut self, command: &[&str], stdin: Option<&str>) -> Call {
         let id = format!("demo-{}", self.next);
         self.next += 1;
         let mut args = vec!["run", "--rm", "--runtime", self.runtime.id(), BUSYBOX, &id];

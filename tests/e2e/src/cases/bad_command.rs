@@ -1,7 +1,7 @@
 //! Commands that cannot be started fail with runc's wording and status, and leave nothing.
 
 use anyhow::{Result, ensure};
-use spore_harness::containerd::Output;
+use spore_harness::call::Output;
 use spore_harness::image::{FOREIGN, FOREIGN_PROGRAM, NOT_EXECUTABLE};
 
 use super::{Case, expect_contains, expect_equal};

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use spore_harness::containerd::Output;
+use spore_harness::call::Output;
 
 use super::bad_command::one_error;
 use super::{Case, expect_contains, expect_equal};

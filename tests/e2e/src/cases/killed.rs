@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use spore_harness::containerd::{Output, Running};
+use spore_harness::call::{Output, Running};
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 

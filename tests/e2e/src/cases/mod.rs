@@ -14,6 +14,7 @@ mod signals;
 mod status;
 mod stdin;
 mod tasks;
+mod vmm;
 
 use anyhow::Result;
 
@@ -109,6 +110,7 @@ pub(crate) fn all() -> Vec<Case> {
         status::CASES,
         signals::CASES,
         tasks::CASES,
+        vmm::CASES,
         rootfs::CASES,
         environment::CASES,
         events::CASES,
