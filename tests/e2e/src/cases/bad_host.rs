@@ -158,7 +158,7 @@ fn kvm_unusable(subject: &Subject) -> Result<()> {
 fn disk_full(subject: &Subject) -> Result<()> {
     let state = Path::new("/var/lib/spore");
     refused(subject, &["the disk that holds /var/lib/spore", "free space there"], || {
-        Ok(vec![Box::new(Full(Over::small(256 << 10, state)?))])
+        Ok(vec![Box::new(Full(Over::small(64 << 10, state)?))])
     })?;
     let left = fs::read_to_string(LEFT_ON_FULL)?;
     ensure!(left.is_empty(), "left on the full disk:\n{left}");
