@@ -28,7 +28,7 @@ demo: guest ## see containers run in microVMs; touches nothing of the machine's 
 	@$(STEP) "Debian packages for the test bed" packaging/need ground
 	@$(STEP) "Demo" $(BIN)/spore-testbed demo
 
-test: ## run every test, or one suite: make test SUITE=unit|fuzz|native|e2e
+test: ## run every test, or one suite: make test SUITE=unit|fuzz|native|e2e|conformance
 	@packaging/check $(SUITE)
 
 bench: guest ## measure against runc, into target/bench: make bench [SUITE=coldstart]

@@ -18,7 +18,10 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::{Code, get_status};
 
-use crate::container::registry::{CreateContainer, Registry, Status};
+use crate::container::life::Container;
+use crate::container::oom;
+use crate::container::process::Status;
+use crate::container::registry::{CreateContainer, ExecProcess, Registry};
 use crate::error::AgentError;
 use crate::say;
 use crate::stdio::make::Wanted;
@@ -101,6 +104,21 @@ struct Containers {
     registry: Arc<Registry>,
 }
 
+impl Containers {
+    fn find(&self, id: &str) -> ttrpc::Result<Arc<Container>> {
+        self.registry.find(id).map_err(status)
+    }
+}
+
+/// Which streams, and whether they are a terminal.
+fn wanted(stdio: pb::Stdio) -> ttrpc::Result<(Wanted, bool)> {
+    if stdio.terminal && stdio.stderr {
+        let message = "stdio: a terminal has no stderr of its own".into();
+        return Err(status(AgentError::InvalidArgument(message)));
+    }
+    Ok((Wanted { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr }, stdio.terminal))
+}
+
 #[async_trait]
 impl container_ttrpc::Container for Containers {
     async fn create(
@@ -109,19 +127,16 @@ impl container_ttrpc::Container for Containers {
         request: pb::CreateRequest,
     ) -> ttrpc::Result<pb::CreateResponse> {
         let registry = Arc::clone(&self.registry);
-        let (rootfs, stdio) = (request.rootfs.unwrap_or_default(), request.stdio.unwrap_or_default());
+        let rootfs = request.rootfs.unwrap_or_default();
+        let (streams, terminal) = wanted(request.stdio.unwrap_or_default())?;
         let request = CreateContainer {
             id: request.id,
             spec: request.spec,
             lower: rootfs.lower,
             writable: rootfs.writable,
-            streams: Wanted { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
-            terminal: stdio.terminal,
+            streams,
+            terminal,
         };
-        if request.terminal && request.streams.stderr {
-            let message = "stdio: a terminal has no stderr of its own".into();
-            return Err(status(AgentError::InvalidArgument(message)));
-        }
         let pid = detached(async move { registry.create(request).await }).await?;
         Ok(pb::CreateResponse { pid, ..Default::default() })
     }
@@ -133,9 +148,10 @@ impl container_ttrpc::Container for Containers {
     }
 
     async fn state(&self, _: &TtrpcContext, request: pb::StateRequest) -> ttrpc::Result<pb::StateResponse> {
-        let state = self.registry.state(&request.id, &request.exec_id).map_err(status)?;
+        let (state, paused) = self.registry.state(&request.id, &request.exec_id).map_err(status)?;
         let status = match state.status {
             Status::Created => pb::Status::CREATED,
+            Status::Running if paused => pb::Status::PAUSED,
             Status::Running => pb::Status::RUNNING,
             Status::Stopped => pb::Status::STOPPED,
         };
@@ -170,12 +186,84 @@ impl container_ttrpc::Container for Containers {
     ) -> ttrpc::Result<pb::DeleteResponse> {
         let registry = Arc::clone(&self.registry);
         let exit = detached(async move { registry.delete(&request.id, &request.exec_id).await }).await?;
-        Ok(pb::DeleteResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, ..Default::default() })
+        Ok(pb::DeleteResponse {
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at_ns: exit.map_or(0, |exit| exit.at_ns),
+            ..Default::default()
+        })
     }
 
     async fn pids(&self, _: &TtrpcContext, request: pb::PidsRequest) -> ttrpc::Result<pb::PidsResponse> {
-        let pids = self.registry.pids(&request.id).map_err(status)?;
-        Ok(pb::PidsResponse { pids, ..Default::default() })
+        let pids = self.find(&request.id)?.pids().map_err(status)?;
+        let processes = pids.into_iter().map(|process| pb::ProcessInfo {
+            pid: process.pid,
+            exec_id: process.exec_id,
+            command: process.command,
+            ..Default::default()
+        });
+        Ok(pb::PidsResponse { processes: processes.collect(), ..Default::default() })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: pb::ExecRequest) -> ttrpc::Result<pb::ExecResponse> {
+        let registry = Arc::clone(&self.registry);
+        let (streams, terminal) = wanted(request.stdio.unwrap_or_default())?;
+        let process = ExecProcess { process: request.process, streams, terminal };
+        detached(async move { registry.exec(&request.id, &request.exec_id, process).await }).await?;
+        Ok(pb::ExecResponse::default())
+    }
+
+    async fn resize(
+        &self,
+        _: &TtrpcContext,
+        request: pb::ResizeRequest,
+    ) -> ttrpc::Result<pb::ResizeResponse> {
+        let resized = self.registry.resize(&request.id, &request.exec_id, request.width, request.height);
+        resized.map_err(status)?;
+        Ok(pb::ResizeResponse::default())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: pb::PauseRequest) -> ttrpc::Result<pb::PauseResponse> {
+        let container = self.find(&request.id)?;
+        detached(async move { container.freeze(true).await }).await?;
+        Ok(pb::PauseResponse::default())
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: pb::ResumeRequest,
+    ) -> ttrpc::Result<pb::ResumeResponse> {
+        let container = self.find(&request.id)?;
+        detached(async move { container.freeze(false).await }).await?;
+        Ok(pb::ResumeResponse::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: pb::StatsRequest) -> ttrpc::Result<pb::StatsResponse> {
+        let files = self.find(&request.id)?.stats();
+        Ok(pb::StatsResponse { files, ..Default::default() })
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: pb::UpdateRequest,
+    ) -> ttrpc::Result<pb::UpdateResponse> {
+        let container = self.find(&request.id)?;
+        let resources = serde_json::from_slice(&request.resources).map_err(|error| {
+            status(AgentError::InvalidArgument(format!("linux.resources: malformed: {error}")))
+        })?;
+        detached(async move { container.update(resources).await }).await?;
+        Ok(pb::UpdateResponse::default())
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        request: pb::WaitOomRequest,
+    ) -> ttrpc::Result<pb::WaitOomResponse> {
+        let container = self.find(&request.id)?;
+        let kills = oom::wait(&container, request.seen).await.map_err(status)?;
+        Ok(pb::WaitOomResponse { kills, ..Default::default() })
     }
 }
 

@@ -56,6 +56,61 @@ pub fn default_signals() {
     }
 }
 
+/// libc's constant of this name does not fit its type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Forks a child that is born in the cgroup whose directory is given, as a child of the
+/// caller's parent. 0 in the child, its pid in the caller.
+///
+/// The caller must have one thread only, or the child may find locks held by threads that it
+/// does not have.
+pub fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> Result<i32, Errno> {
+    // SAFETY: clone_args is plain data; all zeroes is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    // With CLONE_PARENT the signal at the end is the caller's own, and must be left 0.
+    args.flags = u64::from(libc::CLONE_PARENT.cast_unsigned()) | CLONE_INTO_CGROUP;
+    args.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    // SAFETY: without CLONE_VM and with no stack this is fork(2); `args` outlives the call, and
+    // its size is passed.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of_val(&args)) };
+    Errno::result(pid).map(|pid| i32::try_from(pid).unwrap_or(i32::MAX))
+}
+
+/// A descriptor of a process that stays that process's.
+pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: no memory is involved; the descriptor is new and owned from here on.
+    unsafe {
+        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
+        Ok(OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1)))
+    }
+}
+
+/// Lets no descriptor but the standard streams survive execve.
+pub fn close_rest_on_exec() {
+    // SAFETY: only flags of this process's descriptors change. It cannot fail with these
+    // arguments on the kernels that Spore's guests have (5.11 and newer).
+    unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
+/// Makes a terminal the controlling one of the calling session leader.
+pub fn take_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: no memory is involved.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Lets the other end of a new pseudo-terminal be opened.
+pub fn unlock_terminal(master: BorrowedFd<'_>) -> Result<(), Errno> {
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads one int, which outlives the call.
+    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &unlock) }).map(drop)
+}
+
+/// Ends the calling process at once, without running anything that it inherited.
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: it does not return.
+    unsafe { libc::_exit(status) }
+}
+
 /// IFF_UP in the width of ifr_flags.
 const UP: libc::c_short = 1;
 

@@ -30,7 +30,7 @@ async fn every_exit_status_reaches_its_waiters() {
     let running = tokio::spawn(Arc::clone(&reaper).run());
     let expectation = reaper.expect();
     let children: Vec<_> =
-        [0, 1, 42, 255].map(|status| (status, spawn(&expectation, &format!("exit {status}")))).into();
+        (0..=255).map(|status| (status, spawn(&expectation, &format!("exit {status}")))).collect();
     for (status, child) in &children {
         let (first, second) = tokio::join!(exit(child), exit(child));
         assert_eq!(first.status, *status);

@@ -10,6 +10,7 @@ use serde_json::Value;
 use spore_agent_api::MOUNT_TYPES;
 
 use crate::config::{Limits, cpuset_count};
+use crate::hooks::Hooks;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BundleError {
@@ -44,6 +45,9 @@ pub(crate) struct Bundle {
     /// `root.path`, made absolute.
     pub(crate) root: PathBuf,
     pub(crate) hostname: String,
+    /// Of the host's side.
+    pub(crate) hooks: Hooks,
+    pub(crate) oci_version: String,
 }
 
 impl Bundle {
@@ -69,7 +73,7 @@ impl Bundle {
         // Before the mounts: `ctr --net-host` adds some that are refused as well.
         let network = network(&path, &spec)?;
         check_mounts(&path, &spec)?;
-        check_hooks(&path, &spec)?;
+        let hooks = host_hooks(&path, &spec)?;
         let root =
             spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
         let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
@@ -82,6 +86,8 @@ impl Bundle {
             network,
             root,
             hostname: spec.hostname().clone().unwrap_or_default(),
+            hooks,
+            oci_version: spec.version().clone(),
         })
     }
 }
@@ -128,26 +134,19 @@ fn check_mounts(path: &Path, spec: &Spec) -> Result<(), BundleError> {
     Ok(())
 }
 
-/// A host hook that is silently left out would be worse than a refusal. `startContainer` is
-/// none: it runs inside the container, so the agent sees to it.
-fn check_hooks(path: &Path, spec: &Spec) -> Result<(), BundleError> {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    #[allow(deprecated)] // `prestart` is deprecated in the specification, not gone.
-    let all = [
-        ("prestart", hooks.prestart()),
-        ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
-        ("poststart", hooks.poststart()),
-        ("poststop", hooks.poststop()),
-    ];
-    match all.into_iter().find(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty())) {
-        None => Ok(()),
-        Some((name, _)) => Err(BundleError::Unsupported {
+/// What runs on the host is the shim's to run. `startContainer` is none of it: it runs inside the
+/// container, so the agent sees to it. `createContainer` names a program of the host that has to
+/// run in the container's namespaces, which are another machine's.
+fn host_hooks(path: &Path, spec: &Spec) -> Result<Hooks, BundleError> {
+    let Some(hooks) = spec.hooks() else { return Ok(Hooks::default()) };
+    if hooks.create_container().as_ref().is_some_and(|list| !list.is_empty()) {
+        return Err(BundleError::Unsupported {
             path: path.into(),
-            what: format!("the hook {name}"),
-            mend: "run the container without hooks other than startContainer",
-        }),
+            what: "the hook createContainer".into(),
+            mend: "use createRuntime, or startContainer with a program of the image",
+        });
     }
+    Ok(Hooks::of(hooks))
 }
 
 fn network(path: &Path, spec: &Spec) -> Result<NetworkNamespace, BundleError> {
@@ -281,7 +280,10 @@ mod tests {
             (edit(&|s| s["mounts"][0]["options"] = json!(["rbind"])), "bind mount on /proc"),
             (edit(&|s| s["linux"]["namespaces"] = json!([{ "type": "pid" }])), "host networking"),
             (edit(&|s| s["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()), "pid namespace"),
-            (edit(&|s| s["hooks"] = json!({ "poststop": [{ "path": "/bin/x" }] })), "hook poststop"),
+            (
+                edit(&|s| s["hooks"] = json!({ "createContainer": [{ "path": "/x" }] })),
+                "hook createContainer",
+            ),
         ] {
             assert!(message.contains(needle) && message.contains("/b/config.json"), "{needle}: {message}");
         }

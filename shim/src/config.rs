@@ -247,15 +247,29 @@ fn host_memory_mib() -> u64 {
         .map_or(MAX_MEMORY_MIB, |kib| kib / 1024)
 }
 
-/// Counts the CPUs of a cpuset list such as `0-3,8`.
+/// First and last CPU of each part of a cpuset list such as `0-3,8`.
+fn cpuset(list: &str) -> Option<Vec<(u64, u64)>> {
+    let parts = list.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        (first <= last).then_some((first, last))
+    };
+    parts.map(range).collect()
+}
+
+/// Counts the CPUs of a cpuset list.
 pub(crate) fn cpuset_count(list: &str) -> Option<u64> {
     let mut count = 0u64;
-    for part in list.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-        count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    for (first, last) in cpuset(list)? {
+        count = count.checked_add((last - first).checked_add(1)?)?;
     }
     (count > 0).then_some(count)
+}
+
+/// The last CPU of a cpuset list.
+pub(crate) fn cpuset_last(list: &str) -> Option<u64> {
+    cpuset(list)?.into_iter().map(|(_, last)| last).max()
 }
 
 #[cfg(test)]
@@ -341,6 +355,7 @@ mod tests {
     fn a_cpuset_list_is_counted_or_ignored() {
         assert_eq!(cpuset_count("0-3,8"), Some(5));
         assert_eq!(cpuset_count("7"), Some(1));
+        assert_eq!((cpuset_last("8,0-3"), cpuset_last("3-1"), cpuset_last("")), (Some(8), None, None));
         assert_eq!(cpuset_count(""), None);
         assert_eq!(cpuset_count("3-1"), None);
         assert_eq!(cpuset_count("x"), None);

@@ -4,12 +4,16 @@
 //! guest, so what must not wait for a guest (State) reads `phase` without it.
 
 mod end;
+mod exec;
+mod limits;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::Status;
-use containerd_shim_protos::events::task::{TaskDelete, TaskStart};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 use slog::{Logger, warn};
@@ -17,10 +21,12 @@ use tokio::sync::watch;
 use ttrpc::Code;
 
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
+pub(crate) use self::exec::Exec;
 use crate::error::Error;
 use crate::events::Events;
-use crate::guest::{Guest, GuestError};
+use crate::guest::{Guest, GuestError, GuestProcess};
 use crate::holder::Holder;
+use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Stdio, Streams};
 use crate::vm::Vm;
 
@@ -42,8 +48,21 @@ pub(crate) struct Exit {
 enum Phase {
     Created,
     Running,
+    Paused,
     Stopped,
     Deleted,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Deleted => "deleted",
+        }
+    }
 }
 
 pub(crate) struct Container {
@@ -64,6 +83,8 @@ pub(crate) struct Container {
     ending: Ending,
     streams: Streams,
     holder: Mutex<Option<Holder>>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    hooks: (Hooks, Told),
 }
 
 /// What a container consists of once the guest has it.
@@ -75,6 +96,7 @@ pub(crate) struct Parts {
     pub(crate) guest: Arc<Guest>,
     pub(crate) streams: Streams,
     pub(crate) holder: Holder,
+    pub(crate) hooks: (Hooks, Told),
 }
 
 impl Container {
@@ -95,23 +117,33 @@ impl Container {
             exit: watch::Sender::new(None),
             streams: parts.streams,
             holder: Mutex::new(Some(parts.holder)),
+            execs: Mutex::default(),
+            hooks: parts.hooks,
         }
     }
 
-    pub(crate) async fn start(&self) -> Result<(), Error> {
+    pub(crate) async fn start(self: &Arc<Self>) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
         match self.phase() {
             Phase::Created => {}
-            Phase::Running => return Err(Error::State("cannot start a running process".into())),
-            Phase::Stopped => return Err(Error::State("cannot start a stopped process".into())),
-            Phase::Deleted => return Err(Error::State("cannot start a deleted process".into())),
+            phase => return Err(Error::State(format!("cannot start a {} process", phase.name()))),
         }
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
-        with_vm(&self.vm, "starting the container", self.guest.start(&self.id)).await?;
+        with_vm(&self.vm, "starting the container", self.guest.start(&self.id, "")).await?;
         self.enter(Phase::Running);
+        tokio::spawn(Arc::clone(self).watch_memory());
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
+        // Failures of this one are logged only (runtime.md, "Lifecycle", 9).
+        self.run_hooks(Point::Poststart).await;
         Ok(())
+    }
+
+    async fn run_hooks(&self, point: Point) {
+        let (hooks, told) = &self.hooks;
+        if let Err(error) = hooks.run(point, told).await {
+            warn!(self.log, "hook failed"; "error" => %error);
+        }
     }
 
     pub(crate) fn exited(&self) -> Option<Exit> {
@@ -136,29 +168,79 @@ impl Container {
         match self.phase() {
             Phase::Created => Status::CREATED,
             Phase::Running => Status::RUNNING,
+            Phase::Paused => Status::PAUSED,
             Phase::Stopped | Phase::Deleted => Status::STOPPED,
         }
     }
 
-    /// The task's pid first, then the other processes' pids in the guest, if it tells them in
-    /// time.
-    pub(crate) async fn pids(&self) -> Result<Vec<u32>, Error> {
-        let mut pids = vec![self.pid];
-        if self.exited().is_none() && !self.vm.has_ended() {
-            match tokio::time::timeout(PIDS, self.guest_pids()).await {
-                Ok(inside) => pids.extend(inside?),
-                Err(_) => warn!(self.log, "the guest does not list its processes"),
+    /// The guest's processes, the container's init first, if it tells them in time.
+    pub(crate) async fn processes(&self) -> Result<Vec<GuestProcess>, Error> {
+        if self.exited().is_some() || self.vm.has_ended() {
+            return Ok(Vec::new());
+        }
+        let asked = async {
+            let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.id)).await?;
+            let mut processes = with_vm(&self.vm, "asking for processes", self.guest.pids(&self.id)).await?;
+            processes.sort_by_key(|process| process.pid != init);
+            Ok(processes)
+        };
+        match tokio::time::timeout(PIDS, asked).await {
+            Ok(processes) => processes,
+            Err(_) => {
+                warn!(self.log, "the guest does not list its processes");
+                Ok(Vec::new())
             }
         }
-        Ok(pids)
     }
 
-    /// Without the container's init, for which the holder stands.
-    async fn guest_pids(&self) -> Result<Vec<u32>, Error> {
-        let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.id)).await?;
-        let mut inside = with_vm(&self.vm, "asking for processes", self.guest.pids(&self.id)).await?;
-        inside.retain(|pid| *pid != init);
-        Ok(inside)
+    /// Freezes or thaws the container's processes.
+    pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
+        match (self.phase(), frozen) {
+            (Phase::Running, true) => {
+                with_vm(&self.vm, "pausing the container", self.guest.pause(&self.id)).await?;
+                self.enter(Phase::Paused);
+                self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
+            }
+            (Phase::Paused, false) => {
+                with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await?;
+                self.enter(Phase::Running);
+                self.events.send(TaskResumed { container_id: self.id.clone(), ..Default::default() });
+            }
+            (phase, _) => {
+                let verb = if frozen { "pause" } else { "resume" };
+                return Err(Error::State(format!("cannot {verb} a {} container", phase.name())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The container's counters. A stopped container has none.
+    pub(crate) async fn stats(&self) -> Result<Metrics, Error> {
+        self.alive("ask for the counters of")?;
+        let files = with_vm(&self.vm, "asking for counters", self.guest.stats(&self.id)).await?;
+        Ok(crate::stats::metrics(&files))
+    }
+
+    /// Changes limits, within the machine that the container has.
+    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
+        self.alive("update")?;
+        let resources = limits::checked(resources, self.vm.machine())?;
+        with_vm(&self.vm, "updating the container", self.guest.update(&self.id, resources)).await
+    }
+
+    pub(crate) async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {
+        self.alive("resize")?;
+        with_vm(&self.vm, "resizing a terminal", self.guest.resize(&self.id, exec_id, width, height)).await
+    }
+
+    /// Its processes still exist, as far as is known.
+    fn alive(&self, verb: &str) -> Result<(), Error> {
+        match self.phase() {
+            Phase::Created | Phase::Running | Phase::Paused => Ok(()),
+            phase => Err(Error::State(format!("cannot {verb} a {} container", phase.name()))),
+        }
     }
 
     pub(crate) fn close_stdin(&self) {
@@ -181,10 +263,10 @@ impl Container {
         match phase {
             // SIGKILL ends it, or else its VM.
             Phase::Created => drop(self.kill(libc::SIGKILL.unsigned_abs(), true).await),
-            Phase::Running if !self.is_lost() => {
-                return Err(Error::State("cannot delete a running process".into()));
+            Phase::Running | Phase::Paused if !self.is_lost() => {
+                return Err(Error::State(format!("cannot delete a {} process", phase.name())));
             }
-            Phase::Running | Phase::Stopped | Phase::Deleted => {}
+            Phase::Running | Phase::Paused | Phase::Stopped | Phase::Deleted => {}
         }
         let exit = self.wait().await.unwrap_or(Exit { status: KILLED_STATUS, at: SystemTime::now() });
         let _turn = self.turn.lock().await;
@@ -198,7 +280,9 @@ impl Container {
         if !self.is_lost() {
             self.delete_in_guest().await;
         }
+        self.forget_execs();
         drop(self.holder.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.run_hooks(Point::Poststop).await;
         self.enter(Phase::Deleted);
         self.events.send(TaskDelete {
             container_id: self.id.clone(),
@@ -211,7 +295,7 @@ impl Container {
     }
 
     async fn delete_in_guest(&self) {
-        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.id)).await {
+        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.id, "")).await {
             Ok(()) | Err(Error::Vm(_)) => {}
             Err(Error::Guest(GuestError::Refused { code: Code::NOT_FOUND, .. })) => {}
             // The VM goes anyway; what the guest had not written back is lost.

@@ -7,6 +7,7 @@ use crate::bundle::BundleError;
 use crate::config::ConfigError;
 use crate::guest::GuestError;
 use crate::holder::HolderError;
+use crate::hooks::HookError;
 use crate::io::StdioError;
 use crate::rootfs::RootfsError;
 use crate::vm::VmError;
@@ -23,8 +24,12 @@ pub(crate) enum Error {
     Finished,
     #[error("container {0} already exists: already exists")]
     Exists(String),
+    #[error("id {0}: already exists")]
+    ExecExists(String),
     #[error("{0}: failed precondition")]
     State(String),
+    #[error("{0}: invalid argument")]
+    Invalid(String),
     #[error("{0}: not implemented")]
     Unimplemented(String),
     #[error("create task {0}: abandoned because the shim is shutting down")]
@@ -45,17 +50,22 @@ pub(crate) enum Error {
     Vm(#[from] VmError),
     #[error(transparent)]
     Guest(#[from] GuestError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
 }
 
 impl Error {
     fn code(&self) -> Code {
         match self {
             Self::NoContainer | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,
-            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::Exists(_) | Self::ExecExists(_) => Code::ALREADY_EXISTS,
+            Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::State(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Abandoned(_) => Code::CANCELLED,
             Self::RunDir { .. } | Self::Holder(_) => Code::INTERNAL,
+            // As with runc.
+            Self::Hook(_) => Code::UNKNOWN,
             Self::Config(_) => Code::INVALID_ARGUMENT,
             Self::Bundle(error) => match error {
                 BundleError::Unsupported { .. } => Code::UNIMPLEMENTED,
@@ -63,7 +73,7 @@ impl Error {
                 _ => Code::INVALID_ARGUMENT,
             },
             Self::Stdio(error) => match error {
-                StdioError::Scheme { .. } => Code::UNIMPLEMENTED,
+                StdioError::Scheme { .. } => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             },
             Self::Rootfs(error) => match error {
@@ -87,8 +97,8 @@ impl Error {
                     | Code::UNIMPLEMENTED => *code,
                     _ => Code::UNKNOWN,
                 },
-                // runc's create errors reach the user as "…: unknown".
-                GuestError::Create { .. } => Code::UNKNOWN,
+                // runc's own errors reach the user as "…: unknown".
+                GuestError::Create { .. } | GuestError::Exec { .. } => Code::UNKNOWN,
                 GuestError::Lost { .. } => Code::UNAVAILABLE,
                 GuestError::Connect { .. } => Code::INTERNAL,
             },

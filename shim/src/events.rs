@@ -41,6 +41,10 @@ impl Events {
         Self { namespace, queue, log }
     }
 
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Queues an event. Its time is now, whenever it is delivered.
     pub(crate) fn send<E: Event + MessageDyn>(&self, event: E) {
         let topic = event.topic();

@@ -3,6 +3,7 @@
 //! The guest is not trusted: what it answers is bounded and cleaned here, before anybody sees
 //! it. ttrpc itself takes no frame above 4 MiB.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,12 +30,17 @@ const ENTROPY: usize = 64;
 /// Most pids of a container that are believed, and most bytes of a text.
 const MOST_PIDS: usize = 4096;
 const MOST_TEXT: usize = 8 * 1024;
+/// Most bytes of an exec's or a command's name.
+const MOST_NAME: usize = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestError {
     /// Worded as runc's: Docker finds "executable file not found" behind this prefix.
     #[error("OCI runtime create failed: {message}")]
     Create { message: String },
+    /// Worded as runc's too.
+    #[error("OCI runtime exec failed: exec failed: unable to start container process: {message}")]
+    Exec { message: String },
     #[error("guest agent: {call}: {message}")]
     Refused { call: &'static str, code: Code, message: String },
     #[error("guest agent: {call}: connection lost: {detail}")]
@@ -49,7 +55,7 @@ impl GuestError {
         match self {
             Self::Lost { .. } | Self::Connect { .. } => true,
             Self::Refused { code, .. } => *code == Code::DEADLINE_EXCEEDED,
-            Self::Create { .. } => false,
+            Self::Create { .. } | Self::Exec { .. } => false,
         }
     }
 }
@@ -77,6 +83,23 @@ pub(crate) struct GuestStdio {
     pub(crate) stdout: bool,
     pub(crate) stderr: bool,
     pub(crate) terminal: bool,
+}
+
+impl From<GuestStdio> for container::Stdio {
+    fn from(stdio: GuestStdio) -> Self {
+        let GuestStdio { stdin, stdout, stderr, terminal } = stdio;
+        Self { stdin, stdout, stderr, terminal, ..Default::default() }
+    }
+}
+
+/// A process of a container, as the guest tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct GuestProcess {
+    /// In the guest.
+    pub(crate) pid: u32,
+    /// Of the exec whose first process it is, else empty.
+    pub(crate) exec_id: String,
+    pub(crate) command: String,
 }
 
 /// A connection to the agent.
@@ -137,14 +160,7 @@ impl Guest {
                 ..Default::default()
             })
             .into(),
-            stdio: Some(container::Stdio {
-                stdin: stdio.stdin,
-                stdout: stdio.stdout,
-                stderr: stdio.stderr,
-                terminal: stdio.terminal,
-                ..Default::default()
-            })
-            .into(),
+            stdio: Some(stdio.into()).into(),
             ..Default::default()
         };
         match self.container.create(with_duration(CREATE), &request).await {
@@ -156,41 +172,117 @@ impl Guest {
         }
     }
 
-    pub(crate) async fn start(&self, id: &str) -> Result<(), GuestError> {
-        let request = container::StartRequest { id: id.into(), ..Default::default() };
-        self.container
-            .start(with_duration(CALL), &request)
+    /// Prepares a further process; `process` is its OCI process object.
+    pub(crate) async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: Vec<u8>,
+        stdio: GuestStdio,
+    ) -> Result<(), GuestError> {
+        let (id, exec_id) = (id.into(), exec_id.into());
+        let stdio = Some(stdio.into()).into();
+        let request = container::ExecRequest { id, exec_id, process, stdio, ..Default::default() };
+        let answer = self.container.exec(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("exec", error))
+    }
+
+    /// Lets the container's init, or a prepared exec, run.
+    pub(crate) async fn start(&self, id: &str, exec_id: &str) -> Result<(), GuestError> {
+        let request =
+            container::StartRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
+        match self
+            .container
+            .start(with_duration(CREATE), &request)
             .await
-            .map(drop)
             .map_err(|error| failed("start", error))
+        {
+            Ok(_) => Ok(()),
+            // Its executable, its user, its directory.
+            Err(GuestError::Refused { code: Code::INVALID_ARGUMENT | Code::INTERNAL, message, .. })
+                if !exec_id.is_empty() =>
+            {
+                Err(GuestError::Exec { message })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Answers when the process has ended.
-    pub(crate) async fn wait(&self, id: &str) -> Result<GuestExit, GuestError> {
-        let request = container::WaitRequest { id: id.into(), ..Default::default() };
+    pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> Result<GuestExit, GuestError> {
+        let request = container::WaitRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         // Without a deadline: a container may run for years.
         let answer =
             self.container.wait(Context::default(), &request).await.map_err(|error| failed("wait", error))?;
         Ok(GuestExit { status: exit_status(answer.exit_status), at_ns: answer.exited_at_ns })
     }
 
-    pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), GuestError> {
-        let request = container::SignalRequest { id: id.into(), signal, all, ..Default::default() };
-        self.container
-            .signal(with_duration(CALL), &request)
-            .await
-            .map(drop)
-            .map_err(|error| failed("signal", error))
+    pub(crate) async fn signal(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), GuestError> {
+        let (id, exec_id) = (id.into(), exec_id.into());
+        let request = container::SignalRequest { id, exec_id, signal, all, ..Default::default() };
+        let answer = self.container.signal(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("signal", error))
     }
 
-    /// Unmounts and syncs the container's disks; when this is answered they are clean.
-    pub(crate) async fn delete(&self, id: &str) -> Result<(), GuestError> {
-        let request = container::DeleteRequest { id: id.into(), ..Default::default() };
-        self.container
-            .delete(with_duration(CALL), &request)
-            .await
-            .map(drop)
-            .map_err(|error| failed("delete", error))
+    /// Of a container: unmounts and syncs its disks; when this is answered they are clean.
+    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<(), GuestError> {
+        let request =
+            container::DeleteRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
+        let answer = self.container.delete(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("delete", error))
+    }
+
+    pub(crate) async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), GuestError> {
+        let (id, exec_id) = (id.into(), exec_id.into());
+        let request = container::ResizeRequest { id, exec_id, width, height, ..Default::default() };
+        let answer = self.container.resize(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("resize", error))
+    }
+
+    /// Freezes the container's processes.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), GuestError> {
+        let request = container::PauseRequest { id: id.into(), ..Default::default() };
+        let answer = self.container.pause(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("pause", error))
+    }
+
+    pub(crate) async fn resume(&self, id: &str) -> Result<(), GuestError> {
+        let request = container::ResumeRequest { id: id.into(), ..Default::default() };
+        let answer = self.container.resume(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("resume", error))
+    }
+
+    /// The container's cgroup files and what they say.
+    pub(crate) async fn stats(&self, id: &str) -> Result<HashMap<String, String>, GuestError> {
+        let request = container::StatsRequest { id: id.into(), ..Default::default() };
+        let answer = self.container.stats(with_duration(CALL), &request).await;
+        Ok(answer.map_err(|error| failed("stats", error))?.files)
+    }
+
+    /// Changes limits; `resources` is an OCI linux.resources object.
+    pub(crate) async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), GuestError> {
+        let request = container::UpdateRequest { id: id.into(), resources, ..Default::default() };
+        let answer = self.container.update(with_duration(CALL), &request).await;
+        answer.map(drop).map_err(|error| failed("update", error))
+    }
+
+    /// Answers when more than `seen` processes were killed for lack of memory.
+    pub(crate) async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, GuestError> {
+        let request = container::WaitOomRequest { id: id.into(), seen, ..Default::default() };
+        let answer = self.container.wait_oom(Context::default(), &request).await;
+        Ok(answer.map_err(|error| failed("wait for OOM", error))?.kills)
     }
 
     /// Kills what runs in the guest, unmounts and syncs its disks; when this is answered they are
@@ -212,15 +304,11 @@ impl Guest {
         Ok(info.ready_ns.checked_sub(info.started_ns))
     }
 
-    /// Pids in the guest, the container's init among them; at most the first 4096.
-    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>, GuestError> {
+    /// The container's processes, its init among them; at most the first 4096.
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<GuestProcess>, GuestError> {
         let request = container::PidsRequest { id: id.into(), ..Default::default() };
-        let answer = self
-            .container
-            .pids(with_duration(CALL), &request)
-            .await
-            .map_err(|error| failed("pids", error))?;
-        Ok(believed_pids(answer.pids))
+        let answer = self.container.pids(with_duration(CALL), &request).await;
+        Ok(believed(answer.map_err(|error| failed("pids", error))?.processes))
     }
 
     /// The pid of the container's init in the guest.
@@ -234,10 +322,15 @@ impl Guest {
         Ok(answer.pid)
     }
 
-    /// Opens one stdio stream of the container's init process.
-    pub(crate) async fn open_stdio(&self, id: &str, kind: Kind) -> Result<UnixStream, GuestError> {
+    /// Opens one stdio stream of a process.
+    pub(crate) async fn open_stdio(
+        &self,
+        id: &str,
+        exec_id: &str,
+        kind: Kind,
+    ) -> Result<UnixStream, GuestError> {
         let fail = |detail: String| GuestError::Connect { what: "open a stdio stream", detail };
-        let hello = Hello { kind, id: id.into(), exec_id: String::new() };
+        let hello = Hello { kind, id: id.into(), exec_id: exec_id.into() };
         let hello = hello.encode().map_err(|error| fail(error.to_string()))?;
         let open = async {
             let mut stream = self.vm.connect(STDIO_PORT).await?;
@@ -272,9 +365,14 @@ fn exit_status(status: u32) -> u32 {
     status.min(u32::from(u8::MAX))
 }
 
-fn believed_pids(mut pids: Vec<u32>) -> Vec<u32> {
-    pids.truncate(MOST_PIDS);
-    pids
+fn believed(processes: Vec<container::ProcessInfo>) -> Vec<GuestProcess> {
+    let short = |text: &str| clean(&text[..text.floor_char_boundary(MOST_NAME)]);
+    let told = processes.into_iter().take(MOST_PIDS).map(|process| GuestProcess {
+        pid: process.pid,
+        exec_id: short(&process.exec_id),
+        command: short(&process.command),
+    });
+    told.collect()
 }
 
 /// The guest's words as they may stand in an error or a log: at most 8 KiB, on one line, and
@@ -309,7 +407,11 @@ mod tests {
     fn statuses_and_pids_are_bounded() {
         assert_eq!((exit_status(0), exit_status(143), exit_status(255)), (0, 143, 255));
         assert_eq!((exit_status(256), exit_status(u32::MAX)), (255, 255));
-        assert_eq!(believed_pids((0..10_000).collect()).len(), MOST_PIDS);
-        assert_eq!(believed_pids(vec![7, 8]), [7, 8]);
+        let process =
+            |pid| container::ProcessInfo { pid, command: "\x1b[2J".repeat(100), ..Default::default() };
+        let believed = believed((0..10_000).map(process).collect());
+        assert_eq!(believed.len(), MOST_PIDS);
+        assert!(believed[7].pid == 7 && believed[7].command.len() <= MOST_NAME);
+        assert!(!believed[7].command.contains('\x1b'));
     }
 }

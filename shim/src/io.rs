@@ -1,5 +1,5 @@
-//! Standard streams: containerd's fifos on one side, vsock streams of the guest on the
-//! other. The fifos are opened as runc's shim opens them: both ends are kept, so that a
+//! Standard streams: containerd's fifos on one side, or files or logging programs in their
+//! place, vsock streams of the guest on the other. The fifos are opened as runc's shim opens them: both ends are kept, so that a
 //! client may detach and come back without the process seeing a closed pipe.
 //!
 //! Only the input is opened later, at Start: `ctr` calls CloseIO when its own input ends, but
@@ -9,16 +9,17 @@
 //! versions), whatever is still in the fifo. So the exit is told when they have read all
 //! ([`Streams::settle`]), unless they stopped reading or the guest does not stop writing.
 
+pub(crate) mod logger;
+mod sink;
+
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout};
-use slog::{Logger, debug, warn};
+use slog::{Logger as Log, debug, warn};
 use spore_agent_api::stream::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -27,17 +28,18 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use self::logger::Logger;
+use self::sink::Sink;
 use crate::guest::{Guest, GuestError, GuestStdio};
 
 /// One copy's buffer: the size of a pipe.
 const CHUNK: usize = 64 * 1024;
-/// How often a fifo is looked at that a client has still to empty: nothing tells when.
-const EMPTYING: Duration = Duration::from_millis(1);
-const EMPTYING_SLOWLY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StdioError {
-    #[error("{stream} {uri:?}: the scheme {scheme:?} is not supported by this version of Spore; use fifos")]
+    #[error(
+        "{stream} {uri:?}: the scheme {scheme:?} is not known; use a fifo, or for output file:// or binary://"
+    )]
     Scheme { stream: &'static str, uri: String, scheme: String },
     #[error("{stream} {path:?}: cannot be opened: {source}")]
     Open { stream: &'static str, path: String, source: io::Error },
@@ -53,13 +55,17 @@ pub(crate) struct Stdio {
 }
 
 impl Stdio {
-    /// Checks the schemes; only plain paths (or `fifo:`) are served.
+    /// Checks the schemes.
     pub(crate) fn check(&self) -> Result<(), StdioError> {
         for (stream, uri) in [("stdin", &self.stdin), ("stdout", &self.stdout), ("stderr", &self.stderr)] {
-            if let Some((scheme, _)) = uri.split_once("://")
-                && scheme != "fifo"
-            {
-                return Err(StdioError::Scheme { stream, uri: uri.clone(), scheme: scheme.into() });
+            let known = match split(uri).0 {
+                "fifo" => true,
+                "file" | "binary" => stream != "stdin",
+                _ => false,
+            };
+            if !known {
+                let scheme = split(uri).0.to_owned();
+                return Err(StdioError::Scheme { stream, uri: uri.clone(), scheme });
             }
         }
         Ok(())
@@ -75,43 +81,61 @@ impl Stdio {
     }
 }
 
-fn path_of(uri: &str) -> &Path {
-    Path::new(uri.strip_prefix("fifo://").unwrap_or(uri))
+/// Scheme, and what stands behind it. A plain path is a fifo.
+fn split(uri: &str) -> (&str, &str) {
+    uri.split_once("://").unwrap_or(("fifo", uri))
 }
 
-/// The fifos of one process, looked at before the guest is asked for anything.
+/// The host's ends of one process's streams, opened before the guest is asked for anything.
 #[derive(Default)]
-pub(crate) struct Fifos {
+pub(crate) struct Ends {
     stdin: Option<PathBuf>,
-    stdout: Option<Sender>,
-    stderr: Option<Sender>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
 }
 
-impl Fifos {
-    pub(crate) fn open(stdio: &Stdio) -> Result<Self, StdioError> {
-        let mut fifos = Self::default();
+impl Ends {
+    /// `namespace` and `id` are told to a logging program.
+    pub(crate) fn open(stdio: &Stdio, namespace: &str, id: &str) -> Result<Self, StdioError> {
+        let mut ends = Self::default();
         let wanted = stdio.wanted();
         if wanted.stdin {
-            let path = path_of(&stdio.stdin);
+            let path = Path::new(split(&stdio.stdin).1);
             let found = std::fs::metadata(path).and_then(|metadata| match metadata.file_type().is_fifo() {
                 true => Ok(()),
                 false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a fifo")),
             });
             let failed = |source| StdioError::Open { stream: "stdin", path: stdio.stdin.clone(), source };
             found.map_err(failed)?;
-            fifos.stdin = Some(path.into());
+            ends.stdin = Some(path.into());
         }
-        for (want, stream, path, slot) in [
-            (wanted.stdout, "stdout", &stdio.stdout, &mut fifos.stdout),
-            (wanted.stderr, "stderr", &stdio.stderr, &mut fifos.stderr),
+        let mut spare = None;
+        for (want, stream, uri, slot) in [
+            (wanted.stdout, "stdout", &stdio.stdout, &mut ends.stdout),
+            (wanted.stderr, "stderr", &stdio.stderr, &mut ends.stderr),
         ] {
-            if want {
-                let opened = OpenOptions::new().read_write(true).open_sender(path_of(path));
-                let failed = |source| StdioError::Open { stream, path: path.clone(), source };
-                *slot = Some(opened.map_err(failed)?);
+            if !want {
+                continue;
             }
+            let failed = |source| StdioError::Open { stream, path: uri.clone(), source };
+            *slot = Some(match split(uri) {
+                ("file", path) => Sink::file(Path::new(path)).map_err(failed)?,
+                // One program takes both streams.
+                ("binary", rest) => match spare.take() {
+                    Some(sink) => sink,
+                    None => {
+                        let (logger, out, error) =
+                            Logger::start(&logger::parse(rest), namespace, id).map_err(failed)?;
+                        ends.logger = Some(logger);
+                        spare = Some(error);
+                        out
+                    }
+                },
+                (_, path) => Sink::fifo(Path::new(path)).map_err(failed)?,
+            });
         }
-        Ok(fifos)
+        Ok(ends)
     }
 }
 
@@ -146,50 +170,53 @@ pub(crate) struct Streams {
     running: watch::Sender<usize>,
     /// Grows with every byte that goes somewhere.
     progress: Arc<AtomicU64>,
-    log: Logger,
+    log: Log,
+    logger: Mutex<Option<Logger>>,
 }
 
 impl Streams {
-    fn new(log: &Logger) -> Self {
+    fn new(log: &Log) -> Self {
         Self {
             input: Mutex::new(Input::None),
             outputs: Mutex::default(),
             running: watch::Sender::new(0),
             progress: Arc::default(),
             log: log.clone(),
+            logger: Mutex::default(),
         }
     }
 
     /// Connects each fifo with its guest stream.
     pub(crate) async fn attach(
         guest: &Guest,
-        id: &str,
+        (id, exec_id): (&str, &str),
         terminal: bool,
-        fifos: Fifos,
-        log: &Logger,
+        ends: Ends,
+        log: &Log,
     ) -> Result<Self, GuestError> {
         let mut streams = Self::new(log);
+        streams.logger = Mutex::new(ends.logger);
         if terminal {
-            if fifos.stdin.is_some() || fifos.stdout.is_some() {
-                let (from_guest, to_guest) = guest.open_stdio(id, Kind::Stdin).await?.into_split();
-                let rest = streams.set_input(fifos.stdin, to_guest);
-                streams.start_output("terminal", fifos.stdout, from_guest, rest);
+            if ends.stdin.is_some() || ends.stdout.is_some() {
+                let (from_guest, to_guest) = guest.open_stdio(id, exec_id, Kind::Stdin).await?.into_split();
+                let rest = streams.set_input(ends.stdin, to_guest);
+                streams.start_output("terminal", ends.stdout, from_guest, rest);
             }
             return Ok(streams);
         }
-        if fifos.stdin.is_some() {
-            let (from_guest, to_guest) = guest.open_stdio(id, Kind::Stdin).await?.into_split();
-            streams.set_input(fifos.stdin, to_guest);
+        if ends.stdin.is_some() {
+            let (from_guest, to_guest) = guest.open_stdio(id, exec_id, Kind::Stdin).await?.into_split();
+            streams.set_input(ends.stdin, to_guest);
             // Nothing comes back on it.
             drop(from_guest);
         }
-        for (name, kind, fifo) in
-            [("stdout", Kind::Stdout, fifos.stdout), ("stderr", Kind::Stderr, fifos.stderr)]
+        for (name, kind, sink) in
+            [("stdout", Kind::Stdout, ends.stdout), ("stderr", Kind::Stderr, ends.stderr)]
         {
-            if fifo.is_some() {
-                let stream: UnixStream = guest.open_stdio(id, kind).await?;
+            if sink.is_some() {
+                let stream: UnixStream = guest.open_stdio(id, exec_id, kind).await?;
                 let (from_guest, to_guest) = stream.into_split();
-                streams.start_output(name, fifo, from_guest, Some(to_guest));
+                streams.start_output(name, sink, from_guest, Some(to_guest));
             }
         }
         Ok(streams)
@@ -206,7 +233,7 @@ impl Streams {
     fn start_output(
         &self,
         name: &'static str,
-        fifo: Option<Sender>,
+        sink: Option<Sink>,
         from_guest: OwnedReadHalf,
         keep: Option<OwnedWriteHalf>,
     ) {
@@ -214,7 +241,7 @@ impl Streams {
         let (progress, log) = (Arc::clone(&self.progress), self.log.clone());
         running.send_modify(|count| *count += 1);
         let copy = tokio::spawn(async move {
-            copy_output(name, from_guest, fifo, &progress, &log).await;
+            copy_output(name, from_guest, sink, &progress, &log).await;
             drop(keep);
             running.send_modify(|count| *count -= 1);
         });
@@ -276,6 +303,10 @@ impl Streams {
         let mut running = self.running.subscribe();
         let whole = tokio::time::timeout(deadline, running.wait_for(|count| *count == 0)).await.is_ok();
         self.close();
+        let logger = self.logger.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(logger) = logger {
+            logger.finish().await;
+        }
         whole
     }
 
@@ -295,7 +326,7 @@ impl Drop for Streams {
     }
 }
 
-async fn copy_input(mut fifo: Receiver, mut guest: OwnedWriteHalf, log: Logger) {
+async fn copy_input(mut fifo: Receiver, mut guest: OwnedWriteHalf, log: Log) {
     let mut buffer = vec![0; CHUNK];
     let end: io::Result<()> = async {
         loop {
@@ -314,9 +345,9 @@ async fn copy_input(mut fifo: Receiver, mut guest: OwnedWriteHalf, log: Logger) 
 async fn copy_output(
     name: &'static str,
     mut guest: OwnedReadHalf,
-    mut fifo: Option<Sender>,
+    mut sink: Option<Sink>,
     progress: &AtomicU64,
-    log: &Logger,
+    log: &Log,
 ) {
     let mut buffer = vec![0; CHUNK];
     let mut total = 0u64;
@@ -328,8 +359,8 @@ async fn copy_output(
             }
             total += length as u64;
             let mut rest = &buffer[..length];
-            while let Some(fifo) = fifo.as_mut().filter(|_| !rest.is_empty()) {
-                let written = fifo.write(rest).await?;
+            while let Some(sink) = sink.as_mut().filter(|_| !rest.is_empty()) {
+                let written = sink.write(rest).await?;
                 progress.fetch_add(written as u64, Ordering::Relaxed);
                 rest = &rest[written..];
             }
@@ -339,38 +370,11 @@ async fn copy_output(
     if let Err(error) = end {
         warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
     }
-    let emptied = match fifo {
-        Some(fifo) => emptied(fifo, progress).await,
+    let finished = match sink {
+        Some(sink) => sink.finish(progress).await,
         None => Ok(()),
     };
-    debug!(log, "stream ended"; "stream" => name, "bytes" => total, "emptied" => ?emptied);
-}
-
-/// Waits until a client has read what the fifo holds, or none has it open.
-async fn emptied(fifo: Sender, progress: &AtomicU64) -> io::Result<()> {
-    // We read nothing from it, but have it open for reading too; without that the kernel
-    // tells whether anybody else has.
-    let path = format!("/proc/self/fd/{}", fifo.as_raw_fd());
-    let writer = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    drop(fifo);
-    let mut before = u64::MAX;
-    let mut pause = EMPTYING;
-    loop {
-        let mut poll = [PollFd::new(writer.as_fd(), PollFlags::empty())];
-        nix::poll::poll(&mut poll, PollTimeout::ZERO)?;
-        let nobody = poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
-        let left = crate::process::readable_bytes(&writer)?;
-        if nobody || left == 0 {
-            return Ok(());
-        }
-        if left < before {
-            progress.fetch_add(1, Ordering::Relaxed);
-            pause = EMPTYING;
-        }
-        before = left;
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(EMPTYING_SLOWLY);
-    }
+    debug!(log, "stream ended"; "stream" => name, "bytes" => total, "finished" => ?finished);
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod error;
 mod events;
 mod guest;
 mod holder;
+mod hooks;
 mod io;
 mod logging;
 mod process;
@@ -22,6 +23,7 @@ mod rootfs;
 mod rundir;
 mod sandbox;
 mod serve;
+mod stats;
 mod task;
 mod timeline;
 mod vm;
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.first().map(String::as_str) {
         Some(holder::SUBCOMMAND) => holder::main(&arguments[1..]),
+        Some(io::logger::SUBCOMMAND) => io::logger::main(&arguments[1..]),
         Some(rootfs::build::SUBCOMMAND) => rootfs::build::main(),
         Some(rootfs::build::MKFS_SUBCOMMAND) => rootfs::build::mkfs_main(),
         _ => containerd(&arguments),

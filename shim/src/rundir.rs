@@ -15,9 +15,9 @@ use crate::process::ProcessId;
 use crate::rootfs;
 
 const RECORD: &str = "processes.json";
-/// How long a killed process may take to disappear.
 /// What a shim may take for its own end. containerd gives all of this 5 s.
 const END_DEADLINE: Duration = Duration::from_secs(3);
+/// How long a killed process may take to disappear.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// How often others may remove the namespace's directory while it is being used.
 const CREATE_ATTEMPTS: u32 = 1000;
@@ -28,8 +28,6 @@ pub(crate) struct Record {
     pub(crate) shim: Option<ProcessId>,
     pub(crate) vmm: Option<ProcessId>,
     pub(crate) holder: Option<ProcessId>,
-    /// The socket's address as containerd knows it.
-    pub(crate) address: Option<String>,
     /// The shim is on its way out: who reclaims waits for it a little.
     #[serde(default)]
     pub(crate) ending: bool,
@@ -302,7 +300,7 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..500 {
                         let dir = RunDir::create(root, "default", id).unwrap();
-                        dir.record(|record| record.address = Some(id.into())).unwrap();
+                        dir.record(|record| record.ending = true).unwrap();
                         dir.remove().unwrap();
                     }
                 });

@@ -24,7 +24,8 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestRootfs};
 use crate::holder::Holder;
-use crate::io::{Fifos, Stdio, Streams};
+use crate::hooks::{Point, Told};
+use crate::io::{Ends, Stdio, Streams};
 use crate::process::ProcessId;
 use crate::rootfs;
 use crate::rundir::RunDir;
@@ -197,7 +198,7 @@ impl Sandbox {
             writable_size_mib: machine.writable_size_mib,
         };
         let source = rootfs::find(&wanted)?;
-        let fifos = Fifos::open(&stdio)?;
+        let ends = Ends::open(&stdio, namespace, id)?;
 
         let dir_error = |source| Error::RunDir { path: run_dir.clone(), source };
         let dir = Arc::new(RunDir::create(&config.run_dir, namespace, &self.context.id).map_err(dir_error)?);
@@ -216,6 +217,17 @@ impl Sandbox {
         .map_err(dir_error)?;
         info!(log, "virtual machine started"; "task" => id, "vmm" => processes.0.pid, "holder" => processes.1.pid,
             "vcpus" => machine.vcpus, "memory_mib" => machine.memory_mib);
+
+        let told = Told {
+            oci_version: bundle.oci_version.clone(),
+            id: id.into(),
+            pid: processes.1.pid,
+            bundle: bundle.path.clone(),
+            annotations: bundle.annotations.clone(),
+        };
+        for point in [Point::Prestart, Point::CreateRuntime] {
+            bundle.hooks.run(point, &told).await?;
+        }
 
         // The guest boots while its disks are prepared.
         let booting = Notify::new();
@@ -251,7 +263,7 @@ impl Sandbox {
             return Err(of_a_disk.map_or(error, Error::from));
         }
         self.mark("container_created_ns");
-        let streams = Streams::attach(&guest, id, stdio.terminal, fifos, log);
+        let streams = Streams::attach(&guest, (id, ""), stdio.terminal, ends, log);
         let streams = with_vm(&vm, "connecting standard streams", streams).await?;
         let holder = making.holder.take().ok_or_else(|| Error::Abandoned(id.into()))?;
         let parts = Parts {
@@ -262,6 +274,7 @@ impl Sandbox {
             guest,
             streams,
             holder,
+            hooks: (bundle.hooks, told),
         };
         let container = Arc::new(Container::new(parts, self.context.events.clone(), log));
         self.context.events.send(created_event(request, container.pid));

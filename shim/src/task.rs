@@ -15,16 +15,22 @@ use containerd_shim_protos::api::{
     StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest,
     WaitResponse,
 };
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
+use protobuf::well_known_types::any::Any;
 use slog::{Logger, debug};
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use crate::container::{Container, timestamp};
+use crate::container::{Container, Exec, timestamp};
 use crate::error::Error;
+use crate::io::Stdio;
 use crate::sandbox::Sandbox;
 
 const V2: &str = "containerd.task.v2.Task";
+/// Names of messages as containerd's clients register them.
+const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
+const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 
 /// The service's state.
 #[derive(Clone)]
@@ -46,16 +52,36 @@ pub(crate) fn services(task: TaskService) -> HashMap<String, Service> {
 }
 
 impl TaskService {
-    /// The container, for a call about its init process.
-    fn init(&self, id: &str, exec_id: &str) -> Result<Arc<Container>, Error> {
-        let container = self.sandbox.container(id)?;
-        if exec_id.is_empty() { Ok(container) } else { Err(Error::NoProcess(exec_id.into())) }
+    fn find(&self, id: &str) -> Result<Arc<Container>, Error> {
+        self.sandbox.container(id)
+    }
+
+    /// The process that a call is about.
+    fn process(&self, id: &str, exec_id: &str) -> Result<Process, Error> {
+        let container = self.find(id)?;
+        if exec_id.is_empty() {
+            return Ok(Process::Init(container));
+        }
+        let exec = container.exec(exec_id)?;
+        Ok(Process::Exec(container, exec))
     }
 
     fn refuse<T>(&self, method: &str) -> ttrpc::Result<T> {
         debug!(self.log, "refused"; "method" => method);
         Err(Error::Unimplemented(format!("task method {method}")).into())
     }
+}
+
+fn any(name: &str, message: &impl protobuf::Message) -> ttrpc::Result<Any> {
+    let value = message.write_to_bytes();
+    let value = value.map_err(|error| ttrpc::Error::Others(format!("encode {name}: {error}")))?;
+    Ok(Any { type_url: name.into(), value, ..Default::default() })
+}
+
+/// A container's init, or a further process in it.
+enum Process {
+    Init(Arc<Container>),
+    Exec(Arc<Container>, Arc<Exec>),
 }
 
 /// Runs work to its end even if the caller does not wait for it.
@@ -81,28 +107,38 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        self.init(&request.id, &request.exec_id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
         let sandbox = Arc::clone(&self.sandbox);
-        let pid = to_the_end("start", async move { sandbox.start(&request.id).await }).await?;
+        let pid = to_the_end("start", async move {
+            match process {
+                Process::Init(_) => sandbox.start(&request.id).await,
+                Process::Exec(container, exec) => {
+                    container.start_exec(&exec.id).await.map(|()| container.pid)
+                }
+            }
+        })
+        .await?;
         // After the answer is on its way.
         tokio::spawn(async { crate::process::trim_memory() });
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let container = self.init(&request.id, &request.exec_id)?;
-        // The status first: a stopped container has its exit.
-        let status = container.status();
-        let exit = container.exited();
+        let process = self.process(&request.id, &request.exec_id)?;
+        // The status first: what has stopped has its exit.
+        let (container, status, exit, stdio) = match &process {
+            Process::Init(init) => (init, init.status(), init.exited(), &init.stdio),
+            Process::Exec(container, exec) => (container, exec.status(), exec.exited(), &exec.stdio),
+        };
         Ok(StateResponse {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
             pid: container.pid,
             status: status.into(),
-            stdin: container.stdio.stdin.clone(),
-            stdout: container.stdio.stdout.clone(),
-            stderr: container.stdio.stderr.clone(),
-            terminal: container.stdio.terminal,
+            stdin: stdio.stdin.clone(),
+            stdout: stdio.stdout.clone(),
+            stderr: stdio.stderr.clone(),
+            terminal: stdio.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
             exited_at: exit.map_or_else(Default::default, |exit| timestamp(exit.at)),
             exec_id: request.exec_id,
@@ -111,21 +147,35 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let container = self.init(&request.id, &request.exec_id)?;
-        let exit = container.wait().await.ok_or(Error::NoContainer)?;
+        let exit = match self.process(&request.id, &request.exec_id)? {
+            Process::Init(container) => container.wait().await.ok_or(Error::NoContainer)?,
+            Process::Exec(_, exec) => exec.wait().await.ok_or(Error::NoProcess(request.exec_id))?,
+        };
         Ok(WaitResponse { exit_status: exit.status, exited_at: timestamp(exit.at), ..Default::default() })
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        let container = self.init(&request.id, &request.exec_id)?;
-        to_the_end("kill", async move { container.kill(request.signal, request.all).await }).await?;
+        let process = self.process(&request.id, &request.exec_id)?;
+        to_the_end("kill", async move {
+            match process {
+                Process::Init(container) => container.kill(request.signal, request.all).await,
+                Process::Exec(container, exec) => container.kill_exec(&exec.id, request.signal).await,
+            }
+        })
+        .await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        self.init(&request.id, &request.exec_id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
         let sandbox = Arc::clone(&self.sandbox);
-        let (pid, exit) = to_the_end("delete", async move { sandbox.delete(&request.id).await }).await?;
+        let (pid, exit) = to_the_end("delete", async move {
+            match process {
+                Process::Init(_) => sandbox.delete(&request.id).await,
+                Process::Exec(container, exec) => Ok((container.pid, container.delete_exec(&exec.id).await?)),
+            }
+        })
+        .await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -140,16 +190,32 @@ impl Task for TaskService {
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }
 
+    /// The host has one process of a container, its holder; those in the guest are told by the
+    /// details, for their pids are of another machine.
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let pids = self.init(&request.id, "")?.pids().await?;
-        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        let container = self.find(&request.id)?;
+        let inside = container.processes().await?;
+        let mut processes = vec![ProcessInfo { pid: container.pid, ..Default::default() }];
+        for process in inside.into_iter().skip(1) {
+            let exec =
+                if process.exec_id.is_empty() { String::new() } else { format!("{}: ", process.exec_id) };
+            let details = ProcessDetails {
+                exec_id: format!("{exec}guest pid {} ({})", process.pid, process.command),
+                ..Default::default()
+            };
+            let info = Some(any(PROCESS_DETAILS, &details)?).into();
+            processes.push(ProcessInfo { pid: container.pid, info, ..Default::default() });
+        }
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let container = self.init(&request.id, &request.exec_id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
         if request.stdin {
-            container.close_stdin();
+            match process {
+                Process::Init(container) => container.close_stdin(),
+                Process::Exec(_, exec) => exec.close_stdin(),
+            }
         }
         Ok(Empty::new())
     }
@@ -165,31 +231,50 @@ impl Task for TaskService {
         .await
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        self.refuse("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let container = self.find(&request.id)?;
+        to_the_end("pause", async move { container.freeze(true).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.refuse("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let container = self.find(&request.id)?;
+        to_the_end("resume", async move { container.freeze(false).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.find(&request.id)?;
+        let stdio = Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let process = request.spec.into_option().unwrap_or_default().value;
+        to_the_end("exec", async move { container.add_exec(&request.exec_id, process, stdio).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.process(&request.id, &request.exec_id)?;
+        self.find(&request.id)?.resize(&request.exec_id, request.width, request.height).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.find(&request.id)?;
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        to_the_end("update", async move { container.update(&resources).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let metrics = self.find(&request.id)?.stats().await?;
+        Ok(StatsResponse { stats: Some(any(METRICS, &metrics)?).into(), ..Default::default() })
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         self.refuse("Checkpoint")
-    }
-
-    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.refuse("Exec")
-    }
-
-    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.refuse("ResizePty")
-    }
-
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.refuse("Update")
-    }
-
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.refuse("Stats")
     }
 }

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, CreateTaskRequest, KillRequest, PauseRequest, PidsRequest,
-    ShutdownRequest, StateRequest, Status, WaitRequest,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, CreateTaskRequest, KillRequest, PauseRequest,
+    PidsRequest, ShutdownRequest, StateRequest, Status, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use nix::sys::signal::Signal;
@@ -253,8 +253,10 @@ async fn bad_input_is_refused_with_one_clear_error() {
         let task = task.clone();
         async move { code(task.create(ctx(), &request).await) }
     };
-    let (found, message) = create(CreateTaskRequest { stdout: "binary:///x".into(), ..host.request() }).await;
-    assert!(found == Code::UNIMPLEMENTED && message.contains("binary"), "{message}");
+    let (found, message) = create(CreateTaskRequest { stdout: "http://x".into(), ..host.request() }).await;
+    assert!(found == Code::INVALID_ARGUMENT && message.contains("\"http\""), "{message}");
+    let (_, message) = create(CreateTaskRequest { stdout: "binary:///x".into(), ..host.request() }).await;
+    assert!(message.contains("/x: No such file or directory"), "{message}");
     let (found, message) = create(CreateTaskRequest { checkpoint: "/x".into(), ..host.request() }).await;
     assert!(found == Code::UNIMPLEMENTED && message.contains("checkpoint"), "{message}");
     host.write_spec(&["/bin/no-such-program"]);
@@ -271,8 +273,10 @@ async fn bad_input_is_refused_with_one_clear_error() {
     std::fs::remove_file(host.path("kernel")).unwrap();
     let (found, message) = create(host.request()).await;
     assert!(found == Code::FAILED_PRECONDITION && message.contains("guest kernel"), "{message}");
-    let refused = code(task.pause(ctx(), &PauseRequest::new()).await);
-    assert_eq!(refused, (Code::UNIMPLEMENTED, "task method Pause: not implemented".into()));
+    let refused = code(task.checkpoint(ctx(), &CheckpointTaskRequest::new()).await);
+    assert_eq!(refused, (Code::UNIMPLEMENTED, "task method Checkpoint: not implemented".into()));
+    let unknown = code(task.pause(ctx(), &PauseRequest::new()).await);
+    assert_eq!(unknown.0, Code::NOT_FOUND);
     task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();
     host.delete();
     host.assert_clean(&host.address());

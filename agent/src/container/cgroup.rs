@@ -15,9 +15,14 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// Killed processes are gone within this time, or one hangs in the kernel.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// A process that the kernel does not freeze within this time waits for something uninterruptible.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
+
 /// A container's cgroup and all below it.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
+    /// Below the hierarchy's root, beginning with `/`.
+    name: PathBuf,
     path: PathBuf,
 }
 
@@ -28,7 +33,11 @@ impl Cgroup {
     }
 
     fn below(root: &Path, path: &Path) -> Self {
-        Self { path: root.join(path.strip_prefix("/").unwrap_or(path)) }
+        Self { name: path.into(), path: root.join(path.strip_prefix("/").unwrap_or(path)) }
+    }
+
+    pub fn name(&self) -> &Path {
+        &self.name
     }
 
     pub fn path(&self) -> &Path {
@@ -75,6 +84,24 @@ impl Cgroup {
             Err(error) if !gone(&error) => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// Freezes or thaws every process in it, and waits until all of them are. Blocking.
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let line = if frozen { "frozen 1" } else { "frozen 0" };
+        fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+        let events = self.path.join("cgroup.events");
+        let done = || match fs::read_to_string(&events) {
+            Ok(text) => text.lines().any(|known| known == line).then_some(Ok(())),
+            Err(error) => Some(Err(error)),
+        };
+        poll(FREEZE_DEADLINE, done).unwrap_or_else(|| {
+            if frozen {
+                // Half frozen is neither running nor paused.
+                let _ = fs::write(self.path.join("cgroup.freeze"), "0");
+            }
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {FREEZE_DEADLINE:?}")))
+        })
     }
 
     /// Kills what is left and removes it with all below. Blocking.

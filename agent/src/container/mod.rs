@@ -4,11 +4,40 @@
 //! * [`disks`], [`rootfs`]: block devices by serial, joined by overlayfs.
 //! * [`cgroup`]: everything that belongs to a container, by its cgroup.
 //! * [`devices`]: which device nodes it may use.
+//! * [`process`]: one process, [`exec`]: further ones, [`life`]: the container around them.
+//! * [`update`], [`oom`]: its limits changed, and met.
 //! * [`registry`]: the requests.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::{AgentError, Result};
 
 pub mod cgroup;
 pub mod devices;
 pub mod disks;
+pub mod exec;
+pub mod life;
+pub mod oom;
+pub mod process;
 pub mod registry;
 pub mod rootfs;
 pub mod spec;
+pub mod update;
+
+/// Runs blocking work on a worker thread.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(AgentError::internal("worker thread", error)),
+    }
+}
+
+fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(AgentError::internal(format!("remove {}", path.display()), error))
+        }
+        _ => Ok(()),
+    }
+}

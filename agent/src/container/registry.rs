@@ -2,8 +2,7 @@
 //! API's Container service.
 //!
 //! Lives on the server's thread. The registry's mutex guards the map alone and is never held
-//! across an await; each container's `life` is an async mutex, held for the whole of Start
-//! and Delete, so that these exclude each other. Lock order: life, then map.
+//! across an await; each container's `life` is an async mutex. Lock order: life, then map.
 //!
 //! The requests that change something must not be dropped half-way (a ttrpc handler is,
 //! when its client goes away): [`crate::service`] runs them in tasks of their own.
@@ -14,17 +13,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::errno::Errno;
-
 use super::cgroup::Cgroup;
 use super::devices;
 use super::disks::Disks;
+use super::exec::Exec;
+use super::life::Container;
+use super::process::{Process, Snapshot, Status};
 use super::rootfs::Rootfs;
-use super::spec;
+use super::{blocking, remove_dir, spec};
 use crate::error::{AgentError, Result};
-use crate::reaper::{Child, Exit, Reaper};
-use crate::runtime::client::{self, Helper};
-use crate::runtime::protocol;
+use crate::reaper::{Exit, Reaper};
+use crate::runtime::{client, protocol};
 use crate::say;
 use crate::stdio::make::{self, Wanted};
 use crate::stdio::streams::Streams;
@@ -34,8 +33,6 @@ const STATE: &str = "/run/spore/state";
 const MAX_ID: usize = spore_agent_api::stream::MAX_ID;
 /// Deleted ids whose exit is remembered, so that Delete can be repeated.
 const MAX_DELETED: usize = 1024;
-/// A killed process is reaped within this time, or hangs in the kernel.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What Create is given.
 #[derive(Debug, Clone)]
@@ -48,37 +45,13 @@ pub struct CreateContainer {
     pub terminal: bool,
 }
 
-/// Where a container stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
-    Created,
-    Running,
-    Stopped,
-}
-
-/// What State answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Snapshot {
-    pub status: Status,
-    pub pid: u32,
-    pub exit: Option<Exit>,
-}
-
-#[derive(Debug)]
-struct Container {
-    id: String,
-    init: Child,
-    cgroup: Cgroup,
-    life: tokio::sync::Mutex<Life>,
-    started: std::sync::atomic::AtomicBool,
-}
-
-#[derive(Debug)]
-struct Life {
-    /// Until Start.
-    helper: Option<Helper>,
-    /// Until Delete.
-    rootfs: Option<Rootfs>,
+/// What Exec is given.
+#[derive(Debug, Clone)]
+pub struct ExecProcess {
+    /// OCI process object.
+    pub process: Vec<u8>,
+    pub streams: Wanted,
+    pub terminal: bool,
 }
 
 #[derive(Debug)]
@@ -106,24 +79,6 @@ pub struct Registry {
     map: Mutex<Map>,
 }
 
-impl Container {
-    fn status(&self) -> Status {
-        match (self.init.exited(), self.started.load(std::sync::atomic::Ordering::Relaxed)) {
-            (Some(_), _) => Status::Stopped,
-            (None, true) => Status::Running,
-            (None, false) => Status::Created,
-        }
-    }
-}
-
-/// Runs blocking work on a worker thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(AgentError::internal("worker thread", error)),
-    }
-}
-
 fn check_id(id: &str) -> Result<()> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if id.is_empty() || id.len() > MAX_ID || id == "." || id == ".." || !id.bytes().all(allowed) {
@@ -135,16 +90,6 @@ fn check_id(id: &str) -> Result<()> {
     Ok(())
 }
 
-fn no_exec(exec_id: &str) -> Result<()> {
-    if exec_id.is_empty() {
-        return Ok(());
-    }
-    Err(AgentError::Unimplemented(format!(
-        "process \"{}\": this version of the agent runs no further processes in a container",
-        exec_id.escape_default()
-    )))
-}
-
 impl Registry {
     pub fn new(reaper: Arc<Reaper>) -> Arc<Self> {
         Arc::new(Self { reaper, disks: Arc::default(), streams: Arc::default(), map: Mutex::default() })
@@ -154,7 +99,7 @@ impl Registry {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Container>> {
+    pub fn find(&self, id: &str) -> Result<Arc<Container>> {
         match self.map().entries.get(id) {
             Some(Entry::Present(container)) => Ok(Arc::clone(container)),
             Some(Entry::Creating) => {
@@ -184,7 +129,7 @@ impl Registry {
         let mut map = self.map();
         match result {
             Ok(container) => {
-                let pid = container.init.pid().unsigned_abs();
+                let pid = container.init.pid();
                 map.entries.insert(id, Entry::Present(container));
                 Ok(pid)
             }
@@ -255,15 +200,10 @@ impl Registry {
             say!("container \"{id}\": device rules are not enforced: {error}");
         }
         self.streams.insert(&id, "", streams);
-        let container = Arc::new(Container {
-            id,
-            init: created.init,
-            cgroup,
-            life: tokio::sync::Mutex::new(Life { helper: Some(created.helper), rootfs: Some(rootfs) }),
-            started: false.into(),
-        });
+        let init = Process::created(created.init, created.terminal);
+        let container = Arc::new(Container::new(id, init, cgroup, bundle, created.helper, rootfs));
         if !prepared.own_pid_namespace {
-            tokio::spawn(kill_rest(Arc::clone(&container)));
+            tokio::spawn(Arc::clone(&container).kill_rest());
         }
         Ok(container)
     }
@@ -285,9 +225,10 @@ impl Registry {
         };
         let failed = |error| AgentError::internal(format!("container \"{id}\": standard streams"), error);
         if terminal {
-            let mut created = client::create(&self.reaper, request, Vec::new()).await?;
-            let master = created.terminal.take();
+            let created = client::create(&self.reaper, request, Vec::new()).await?;
+            let master = created.terminal.as_ref();
             let master = master.ok_or_else(|| failed(std::io::Error::other("no terminal came back")))?;
+            let master = master.try_clone().map_err(failed)?;
             let streams = make::terminal(master, prepared.uid, prepared.console_size).map_err(failed)?;
             return Ok((created, streams));
         }
@@ -296,93 +237,100 @@ impl Registry {
         Ok((created, streams))
     }
 
-    /// Lets a created container run.
+    /// Lets a created container, or a prepared exec in one, run.
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32> {
-        no_exec(exec_id)?;
         let container = self.find(id)?;
-        let mut life = container.life.lock().await;
-        if let Some(exit) = container.init.exited() {
+        if exec_id.is_empty() {
+            container.start(&self.reaper).await?;
+            return Ok(container.init.pid());
+        }
+        container.start_exec(exec_id, &self.reaper, &self.streams).await
+    }
+
+    /// Prepares a further process in a container.
+    pub async fn exec(&self, id: &str, exec_id: &str, request: ExecProcess) -> Result<()> {
+        let container = self.find(id)?;
+        check_id(exec_id)?;
+        if container.init.status() == Status::Stopped {
+            let name = container.name_of(exec_id);
             return Err(AgentError::FailedPrecondition(format!(
-                "container \"{id}\": cannot start, it has ended with status {}",
-                exit.status
+                "{name}: cannot exec in a stopped container"
             )));
         }
-        let helper = life.helper.take();
-        let helper = helper.ok_or_else(|| {
-            AgentError::FailedPrecondition(format!("container \"{id}\": cannot start, it is running"))
-        })?;
-        container.started.store(true, std::sync::atomic::Ordering::Relaxed);
-        if let Err(error) = helper.start().await {
-            // It would wait for a start that can no longer come.
-            let _ = self.reaper.signal(&container.init, libc::SIGKILL);
-            return Err(error);
-        }
-        Ok(container.init.pid().unsigned_abs())
+        let (exec, streams) = Exec::prepare(&request.process, request.streams, request.terminal)?;
+        container.add_exec(exec_id, exec)?;
+        self.streams.insert(id, exec_id, streams);
+        Ok(())
     }
 
-    pub fn state(&self, id: &str, exec_id: &str) -> Result<Snapshot> {
-        no_exec(exec_id)?;
+    /// What State answers, and whether the container is paused.
+    pub fn state(&self, id: &str, exec_id: &str) -> Result<(Snapshot, bool)> {
         let container = self.find(id)?;
-        Ok(Snapshot {
-            status: container.status(),
-            pid: container.init.pid().unsigned_abs(),
-            exit: container.init.exited(),
-        })
+        let snapshot = container.process(exec_id)?.snapshot();
+        Ok((snapshot, snapshot.status == Status::Running && container.is_paused()))
     }
 
-    /// Answers when the container's init has ended.
+    /// Answers when the process has ended.
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit> {
-        no_exec(exec_id)?;
         let container = self.find(id)?;
-        Ok(container.init.wait().await)
+        let process = container.process(exec_id)?;
+        let name = container.name_of(exec_id);
+        drop(container);
+        process
+            .wait()
+            .await
+            .ok_or_else(|| AgentError::NotFound(format!("{name}: was removed, never started")))
     }
 
     pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
-        no_exec(exec_id)?;
         let signal = i32::try_from(signal).ok().filter(|signal| (1..=libc::SIGRTMAX()).contains(signal));
         let signal = signal.ok_or_else(|| {
             AgentError::InvalidArgument(format!("signal: 1 to {} are allowed", libc::SIGRTMAX()))
         })?;
         let container = self.find(id)?;
-        if all {
+        if all && exec_id.is_empty() {
             let sent = container.cgroup.signal(signal);
             return sent
                 .map_err(|error| AgentError::internal(format!("container \"{id}\": signal all"), error));
         }
-        match self.reaper.signal(&container.init, signal) {
-            Ok(()) => Ok(()),
-            Err(Errno::ESRCH) => {
-                Err(AgentError::NotFound(format!("container \"{id}\": process already finished")))
-            }
-            Err(error) => {
-                Err(AgentError::internal(format!("container \"{id}\": signal {signal}"), error.desc()))
-            }
-        }
+        container.process(exec_id)?.signal(&self.reaper, signal, &container.name_of(exec_id))
     }
 
-    pub fn pids(&self, id: &str) -> Result<Vec<u32>> {
+    pub fn resize(&self, id: &str, exec_id: &str, width: u32, height: u32) -> Result<()> {
         let container = self.find(id)?;
-        container
-            .cgroup
-            .pids()
-            .map_err(|error| AgentError::internal(format!("container \"{id}\": pids"), error))
+        let (Ok(columns), Ok(rows)) = (u16::try_from(width), u16::try_from(height)) else {
+            return Err(AgentError::InvalidArgument(format!(
+                "terminal size {width} x {height}: at most {0} x {0} are allowed",
+                u16::MAX
+            )));
+        };
+        let resized = container.process(exec_id)?.resize(rows, columns);
+        resized
+            .map_err(|error| AgentError::internal(format!("{}: resize", container.name_of(exec_id)), error))
     }
 
-    /// Removes a container that does not run. Again: answers as the first time.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<Exit> {
-        no_exec(exec_id)?;
+    /// Removes a container, or an exec, that does not run. A container again: answers as the
+    /// first time.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<Option<Exit>> {
         let container = match self.find(id) {
             Ok(container) => container,
-            Err(error @ AgentError::NotFound(_)) => return self.map().deleted.get(id).copied().ok_or(error),
+            Err(error @ AgentError::NotFound(_)) if exec_id.is_empty() => {
+                return self.map().deleted.get(id).copied().ok_or(error).map(Some);
+            }
             Err(error) => return Err(error),
         };
+        if !exec_id.is_empty() {
+            let exit = container.remove_exec(exec_id)?;
+            self.streams.remove(id, exec_id);
+            return Ok(exit);
+        }
         let mut life = container.life.lock().await;
-        if container.status() == Status::Running {
+        if container.init.status() == Status::Running {
             return Err(AgentError::FailedPrecondition(format!(
                 "container \"{id}\": cannot be deleted while it runs; kill it first"
             )));
         }
-        let exit = self.tear_down(&container, &mut life).await?;
+        let exit = container.tear_down(&mut life, &Path::new(STATE).join(id), &self.streams).await?;
         let mut map = self.map();
         map.entries.remove(id);
         if map.deleted.insert(id.into(), exit).is_none() {
@@ -393,35 +341,7 @@ impl Registry {
         {
             map.deleted.remove(&oldest);
         }
-        Ok(exit)
-    }
-
-    /// Ends what is left of a container and gives everything back. May be repeated after
-    /// an error.
-    async fn tear_down(&self, container: &Container, life: &mut Life) -> Result<Exit> {
-        let id = &container.id;
-        let cgroup = container.cgroup.clone();
-        let removed =
-            blocking(move || cgroup.remove().map_err(|error| AgentError::internal("remove cgroup", error)));
-        removed.await.map_err(|error| AgentError::internal(format!("container \"{id}\""), error))?;
-        let Ok(exit) = tokio::time::timeout(KILL_DEADLINE, container.init.wait()).await else {
-            return Err(AgentError::Internal(format!(
-                "container \"{id}\": its init is still there {KILL_DEADLINE:?} after SIGKILL"
-            )));
-        };
-        life.helper = None;
-        self.streams.remove(id, "");
-        if let Some(mut rootfs) = life.rootfs.take() {
-            let (bundle, state) = (Path::new(BUNDLES).join(id), Path::new(STATE).join(id));
-            blocking(move || {
-                remove_dir(&state)?;
-                // Never below a mount that is still there: the container's files are in it.
-                rootfs.unmount()?;
-                remove_dir(&bundle)
-            })
-            .await?;
-        }
-        Ok(exit)
+        Ok(Some(exit))
     }
 
     /// Ends every container, within `grace` gently, and unmounts all disks. For shutdown: goes
@@ -438,21 +358,22 @@ impl Registry {
         };
         if !grace.is_zero() {
             for container in &containers {
-                if container.status() == Status::Running {
+                if container.init.status() == Status::Running {
                     let _ = container.cgroup.signal(libc::SIGTERM);
                 }
             }
-            let running = containers.iter().filter(|container| container.status() == Status::Running);
+            let running = containers.iter().filter(|container| container.init.status() == Status::Running);
             let ended = async {
                 for container in running {
-                    container.init.wait().await;
+                    Arc::clone(&container.init).wait().await;
                 }
             };
             let _ = tokio::time::timeout(grace, ended).await;
         }
         for container in &containers {
             let mut life = container.life.lock().await;
-            if let Err(error) = self.tear_down(container, &mut life).await {
+            let state = Path::new(STATE).join(&container.id);
+            if let Err(error) = container.tear_down(&mut life, &state, &self.streams).await {
                 say!("shutdown: {error}");
             }
         }
@@ -465,23 +386,6 @@ impl Registry {
         if let Err(error) = unmounted.await {
             say!("shutdown: {error}");
         }
-    }
-}
-
-/// Without a pid namespace of its own, a container's other processes outlive its init.
-async fn kill_rest(container: Arc<Container>) {
-    container.init.wait().await;
-    if let Err(error) = container.cgroup.kill() {
-        say!("container \"{}\": kill what its init left behind: {error}", container.id);
-    }
-}
-
-fn remove_dir(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(AgentError::internal(format!("remove {}", path.display()), error))
-        }
-        _ => Ok(()),
     }
 }
 
@@ -529,7 +433,8 @@ mod tests {
         assert!(matches!(registry.signal("x", "", 9, false), Err(AgentError::NotFound(_))));
         assert!(matches!(registry.delete("x", "").await, Err(AgentError::NotFound(_))));
         assert!(matches!(registry.signal("x", "", 65, false), Err(AgentError::InvalidArgument(_))));
-        assert!(matches!(registry.wait("x", "e1").await, Err(AgentError::Unimplemented(_))));
+        assert!(matches!(registry.wait("x", "e1").await, Err(AgentError::NotFound(_))));
+        assert!(matches!(registry.delete("x", "e1").await, Err(AgentError::NotFound(_))));
     }
 
     #[tokio::test]

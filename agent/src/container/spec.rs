@@ -6,7 +6,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, RootBuilder, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, RootBuilder, Spec};
 use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
@@ -57,9 +57,7 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     if !cwd.is_absolute() {
         return Err(invalid(format!("config.json: process.cwd \"{}\" must be absolute", cwd.display())));
     }
-    let console_size = process
-        .console_size()
-        .and_then(|size| Some((u16::try_from(size.height()).ok()?, u16::try_from(size.width()).ok()?)));
+    let console_size = console_size(process);
 
     let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
     let root = RootBuilder::default().path(rootfs).readonly(readonly).build();
@@ -105,6 +103,12 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
         cwd,
         devices,
     })
+}
+
+/// Rows and columns that a process wants its terminal to have.
+pub fn console_size(process: &Process) -> Option<(u16, u16)> {
+    let size = process.console_size()?;
+    Some((u16::try_from(size.height()).ok()?, u16::try_from(size.width()).ok()?))
 }
 
 /// Keeps the only kind of hook that runs wholly inside the container.
@@ -197,7 +201,8 @@ pub fn add_home(spec: &mut Spec, passwd: &str) {
     }
 }
 
-fn home_of(passwd: &str, uid: u32) -> Option<String> {
+/// The home directory of a user in the text of a passwd file.
+pub fn home_of(passwd: &str, uid: u32) -> Option<String> {
     passwd.lines().find_map(|line| {
         let mut fields = line.split(':');
         let id = fields.nth(2)?.parse::<u32>().ok()?;

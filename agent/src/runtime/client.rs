@@ -1,17 +1,18 @@
 //! The server's side of the helper.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tokio::io::unix::AsyncFd;
 
 use super::HELPER_COMMAND;
-use super::protocol::{self, Cause, Create, Reply, Request};
+use super::protocol::{self, Cause, Create, Exec, Reply, Request};
 use crate::error::{AgentError, Result};
 use crate::reaper::{Child, Expectation, Reaper};
 use crate::stdio::pump;
@@ -22,10 +23,10 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// The process's ends of its standard streams: three descriptors, or none for a terminal.
 pub type Streams = Vec<OwnedFd>;
 
-/// A created container, not yet started.
+/// A created container, not yet started; or a process in one, which runs.
 #[derive(Debug)]
 pub struct Created {
-    /// The container's init.
+    /// The container's init, or the process.
     pub init: Child,
     /// Master of its terminal.
     pub terminal: Option<OwnedFd>,
@@ -43,13 +44,37 @@ pub struct Helper {
 
 /// Creates a container.
 pub async fn create(reaper: &Arc<Reaper>, request: Create, streams: Streams) -> Result<Created> {
-    // Before the helper exists: the init may die before its pid is known here.
+    call(reaper, &Request::Create(request), streams).await
+}
+
+/// Runs a process in a container; `process` is its OCI process object.
+pub async fn exec(
+    reaper: &Arc<Reaper>,
+    request: Exec,
+    process: &[u8],
+    mut streams: Streams,
+) -> Result<Created> {
+    let file = in_memory(process).map_err(|error| AgentError::internal("process", error))?;
+    streams.insert(0, file);
+    call(reaper, &Request::Exec(request), streams).await
+}
+
+/// A file that exists nowhere but in memory, to be read from its start.
+fn in_memory(content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(memfd_create(c"process", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(content)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+async fn call(reaper: &Arc<Reaper>, request: &Request, fds: Vec<OwnedFd>) -> Result<Created> {
+    // Before the helper exists: its child may die before its pid is known here.
     let expectation = reaper.expect();
     let helper = Helper::spawn(reaper, &expectation)
         .map_err(|error| AgentError::internal("start the runtime helper", error))?;
-    let fds: Vec<RawFd> = streams.iter().map(AsRawFd::as_raw_fd).collect();
-    let (reply, mut received) = helper.call(&Request::Create(request), &fds).await?;
-    drop(streams);
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let (reply, mut received) = helper.call(request, &raw).await?;
+    drop(fds);
     match reply {
         Reply::Created { pid } => {
             Ok(Created { init: expectation.claim(pid), terminal: received.pop(), helper })

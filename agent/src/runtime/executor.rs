@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
@@ -39,18 +40,7 @@ impl Executor for Execute {
             ExecutorError::Other(message)
         };
         let file = lookup::executable(name, path(process)).map_err(failed)?;
-        let c_string = |bytes: &[u8]| CString::new(bytes).map_err(|_| ExecutorError::InvalidArg);
-        let arguments = process.args().iter().flatten().map(|text| c_string(text.as_bytes()));
-        let arguments = arguments.collect::<Result<Vec<_>, _>>()?;
-        let environment = environment(process).into_iter().map(|text| c_string(text.as_bytes()));
-        let environment = environment.collect::<Result<Vec<_>, _>>()?;
-        let c_file = c_string(file.as_os_str().as_bytes())?;
-        sys::default_signals();
-        let error = match nix::unistd::execve(&c_file, &arguments, &environment) {
-            Ok(never) => match never {},
-            Err(error) => error,
-        };
-        Err(failed(format!("exec {}: {}", file.display(), exec_wording(error))))
+        Err(failed(execute(process, &file)))
     }
 
     fn setup_envs(
@@ -60,6 +50,26 @@ impl Executor for Execute {
         // The environment goes to execve directly, in the spec's order.
         Ok(())
     }
+}
+
+/// Replaces this process by `file` with the arguments and environment of `process`; gives runc's
+/// message if that fails.
+pub fn execute(process: &Process, file: &Path) -> String {
+    let c_strings = |texts: Vec<String>| {
+        texts.into_iter().map(|text| CString::new(text.into_bytes())).collect::<Result<Vec<_>, _>>()
+    };
+    let arguments = c_strings(process.args().clone().unwrap_or_default());
+    let (Ok(arguments), Ok(environment), Ok(path)) =
+        (arguments, c_strings(environment(process)), CString::new(file.as_os_str().as_bytes()))
+    else {
+        return "process.args and process.env must not contain NUL bytes".into();
+    };
+    sys::default_signals();
+    let error = match nix::unistd::execve(&path, &arguments, &environment) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    format!("exec {}: {}", file.display(), exec_wording(error))
 }
 
 fn exec_wording(error: Errno) -> String {
@@ -84,7 +94,8 @@ fn environment(process: &Process) -> Vec<String> {
     entries
 }
 
-fn path(process: &Process) -> &str {
+/// The value of PATH that the process gets.
+pub fn path(process: &Process) -> &str {
     let entries = process.env().iter().flatten();
     entries.filter_map(|entry| entry.strip_prefix("PATH=")).next_back().unwrap_or_default()
 }

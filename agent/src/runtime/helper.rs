@@ -18,6 +18,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use super::executor::Execute;
 use super::protocol::{self, Cause, Create, MAX_ERROR, Reply, Request};
 use super::trace::{self, Journal, Trace};
+use super::{chain, exec};
 use crate::{say, sys};
 
 const CONSOLE_SOCKET: &str = "console.sock";
@@ -54,6 +55,16 @@ fn serve() -> io::Result<()> {
                 }
                 Err(failure) => return protocol::send(&socket, &failure.reply(&mut journal), &[]),
             },
+            Request::Exec(request) => {
+                let reply = match exec::run(&request, fds, trace) {
+                    Ok((pid, terminal)) => {
+                        let fds: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
+                        return protocol::send(&socket, &Reply::Created { pid }, &fds);
+                    }
+                    Err(message) => Failure::Other(message).reply(&mut journal),
+                };
+                return protocol::send(&socket, &reply, &[]);
+            }
             Request::Start => {
                 let result = match &mut container {
                     Some(container) => container.start().map_err(Failure::from),
@@ -109,20 +120,6 @@ impl Failure {
         message.truncate(end);
         Reply::Failed { cause, message }
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn create(

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 pub const MAX_PACKET: usize = 64 * 1024;
 /// Most bytes of an error text.
 pub const MAX_ERROR: usize = 8 * 1024;
-const MAX_FDS: usize = 3;
+/// Three streams and the process of an exec.
+const MAX_FDS: usize = 4;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
@@ -20,6 +21,9 @@ pub enum Request {
     Create(Create),
     /// Lets the created process run.
     Start,
+    /// Runs a process in a container that there is, with its OCI process object as a file
+    /// attached, and behind it stdin, stdout and stderr, unless `terminal`.
+    Exec(Exec),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,6 +36,17 @@ pub struct Create {
     pub terminal: bool,
     /// The container has a network namespace of its own.
     pub loopback: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Exec {
+    /// The container's init.
+    pub init: i32,
+    /// Directory of the container's cgroup.
+    pub cgroup: PathBuf,
+    /// The container's spec as libcontainer got it.
+    pub config: PathBuf,
+    pub terminal: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use containerd_shim_protos::events::task::TaskExit;
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use slog::{info, warn};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
@@ -14,6 +14,7 @@ use ttrpc::Code;
 use super::{Container, Exit, LOST, Phase, timestamp, with_vm};
 use crate::error::Error;
 use crate::guest::GuestError;
+use crate::io::Streams;
 
 /// Status of a process that was killed with its VM: 128 + SIGKILL.
 pub(super) const KILLED_STATUS: u32 = 137;
@@ -62,13 +63,16 @@ impl Container {
     pub(crate) async fn watch(self: Arc<Self>, seen: impl FnOnce()) {
         tokio::spawn(Arc::clone(&self).watch_holder());
         let (status, guest_ns) = self.end_of_process().await;
-        let at = self.exit_time(guest_ns);
+        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = self.exit_time(guest_ns, started);
         seen();
         self.ending.over.send_replace(true);
         // Clients take the exit for the end of the output.
-        if !self.settle().await {
+        if !self.settle(&self.streams).await {
             warn!(self.log, "output is not being read or does not end; the exit is told nevertheless");
         }
+        // What was executed in the container has ended with it, and is told before it.
+        self.execs_told().await;
         let _turn = self.turn.lock().await;
         // Who sees a stopped container looks for its exit.
         let _ = self.exit.send_replace(Some(Exit { status, at }));
@@ -91,7 +95,7 @@ impl Container {
         tokio::select! {
             // An answer that has arrived counts, whatever became of the guest since.
             biased;
-            answer = self.guest.wait(&self.id) => match answer {
+            answer = self.guest.wait(&self.id, "") => match answer {
                 Ok(exit) => return (exit.status, Some(exit.at_ns)),
                 Err(error) => {
                     // Without its agent a guest is lost; PID 1's end usually ends the VM.
@@ -114,23 +118,57 @@ impl Container {
         warn!(self.log, "the VM ended under the container"; "cause" => cause);
     }
 
+    /// The status of an exec and, if the guest told it, the time.
+    pub(super) async fn end_of_exec(&self, exec_id: &str) -> (u32, Option<i64>) {
+        let lost = async {
+            tokio::select! {
+                _ = self.vm.ended() => {}
+                () = set(&self.ending.cut) => {}
+            }
+        };
+        tokio::select! {
+            biased;
+            Ok(exit) = self.guest.wait(&self.id, exec_id) => (exit.status, Some(exit.at_ns)),
+            // Who watches the container's init sees to a guest that does not answer.
+            () = lost => (KILLED_STATUS, None),
+        }
+    }
+
+    /// Follows the kernel's kills for lack of memory as long as the guest tells them.
+    pub(super) async fn watch_memory(self: Arc<Self>) {
+        let mut seen = 0;
+        loop {
+            match self.guest.wait_oom(&self.id, seen).await {
+                Ok(kills) if kills > seen => seen = kills,
+                // A guest that makes them up tells the same number twice.
+                Ok(_) => return,
+                // The container has ended.
+                Err(GuestError::Refused { code: Code::NOT_FOUND, .. } | GuestError::Lost { .. }) => return,
+                Err(error) => {
+                    return warn!(self.log, "kills for lack of memory will not be told"; "error" => %error);
+                }
+            }
+            info!(self.log, "processes were killed for lack of memory"; "so far" => seen);
+            self.events.send(TaskOOM { container_id: self.id.clone(), ..Default::default() });
+        }
+    }
+
     /// The guest's clock tells the time of the exit best, if it is sane.
-    fn exit_time(&self, guest_ns: Option<i64>) -> SystemTime {
+    pub(super) fn exit_time(&self, guest_ns: Option<i64>, started: SystemTime) -> SystemTime {
         let now = SystemTime::now();
-        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
         match guest_ns.and_then(|ns| u64::try_from(ns).ok()).map(|ns| UNIX_EPOCH + Duration::from_nanos(ns)) {
             Some(at) if at >= started && at <= now => at,
             _ => now,
         }
     }
 
-    async fn settle(&self) -> bool {
+    pub(super) async fn settle(&self, streams: &Streams) -> bool {
         let hurried = async {
             set(&self.ending.hurried).await;
             tokio::time::sleep(LAST_OUTPUT).await;
         };
         tokio::select! {
-            settled = self.streams.settle(STALL, SETTLE) => settled,
+            settled = streams.settle(STALL, SETTLE) => settled,
             () = hurried => false,
         }
     }
@@ -155,7 +193,7 @@ impl Container {
         if fatal {
             tokio::spawn(Arc::clone(self).insist());
         }
-        match with_vm(&self.vm, "signalling", self.guest.signal(&self.id, signal, all)).await {
+        match with_vm(&self.vm, "signalling", self.guest.signal(&self.id, "", signal, all)).await {
             Err(Error::Vm(_)) if fatal => Ok(()),
             Err(Error::Vm(_)) => Err(Error::Finished),
             Err(Error::Guest(error)) if fatal && error.is_silence() => {

@@ -16,8 +16,8 @@ fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
     path
 }
 
-fn log() -> Logger {
-    Logger::root(slog::Discard, o!())
+fn log() -> Log {
+    Log::root(slog::Discard, o!())
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -35,11 +35,11 @@ fn pattern(length: usize) -> Vec<u8> {
 /// Streams that carry a guest's standard output to a fifo, and the guest's end of it.
 fn output_to(path: &Path) -> (Streams, UnixStream) {
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
+    let ends = Ends::open(&stdio, "default", "c").unwrap();
     let (shim, guest) = UnixStream::pair().unwrap();
     let (from_guest, to_guest) = shim.into_split();
     let streams = Streams::new(&log());
-    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
     (streams, guest)
 }
 
@@ -48,7 +48,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
+    let ends = Ends::open(&stdio, "default", "c").unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let data = pattern(64 << 20);
     let expected = data.clone();
@@ -68,7 +68,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
     });
     let (from_guest, to_guest) = shim.into_split();
     let streams = Streams::new(&log());
-    streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+    streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
     // The process writes all and exits at once.
     let writer = tokio::spawn(async move {
         guest.write_all(&data).await.unwrap();
@@ -136,13 +136,13 @@ async fn output_is_settled_when_the_client_has_read_it_or_there_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
         let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-        let fifos = Fifos::open(&stdio).unwrap();
+        let ends = Ends::open(&stdio, "default", "c").unwrap();
         let client =
             attached.then(|| File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap());
         let (shim, mut guest) = UnixStream::pair().unwrap();
         let (from_guest, to_guest) = shim.into_split();
         let streams = Streams::new(&log());
-        streams.start_output("stdout", fifos.stdout, from_guest, Some(to_guest));
+        streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
         guest.write_all(b"the last words").await.unwrap();
         drop(guest);
         if let Some(mut client) = client {
@@ -159,11 +159,11 @@ async fn input_ends_when_close_io_came_and_the_clients_have_left() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
     let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
+    let ends = Ends::open(&stdio, "default", "c").unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());
-    assert!(streams.set_input(fifos.stdin, to_guest).is_none());
+    assert!(streams.set_input(ends.stdin, to_guest).is_none());
     streams.start_input().unwrap();
     let write = |path: PathBuf, text: &'static [u8]| async move {
         tokio::task::spawn_blocking(move || {
@@ -190,11 +190,11 @@ async fn close_io_before_start_loses_no_input() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
     let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let fifos = Fifos::open(&stdio).unwrap();
+    let ends = Ends::open(&stdio, "default", "c").unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());
-    assert!(streams.set_input(fifos.stdin, to_guest).is_none());
+    assert!(streams.set_input(ends.stdin, to_guest).is_none());
     let opening = std::sync::Arc::new(std::sync::Barrier::new(2));
     let opened = std::sync::Arc::clone(&opening);
     let client = std::thread::spawn(move || {
@@ -224,11 +224,13 @@ async fn close_io_before_start_loses_no_input() {
 
 #[test]
 fn schemes_that_are_not_served_are_refused_and_empty_means_none() {
-    let stdio = Stdio { stdout: "binary:///usr/bin/logger?id=1".into(), ..Stdio::default() };
-    let message = stdio.check().unwrap_err().to_string();
-    assert!(message.contains("binary") && message.contains("stdout"), "{message}");
-    assert!(Stdio { stdout: "file:///tmp/x".into(), ..Stdio::default() }.check().is_err());
-    assert!(Stdio { stdout: "fifo:///tmp/x".into(), ..Stdio::default() }.check().is_ok());
+    let stdout = |uri: &str| Stdio { stdout: uri.into(), ..Stdio::default() }.check();
+    let message = stdout("http://logs").unwrap_err().to_string();
+    assert!(message.contains("\"http\"") && message.contains("stdout"), "{message}");
+    for served in ["fifo:///tmp/x", "/tmp/x", "file:///tmp/x", "binary:///usr/bin/logger?id=1", ""] {
+        stdout(served).unwrap();
+    }
+    assert!(Stdio { stdin: "file:///tmp/x".into(), ..Stdio::default() }.check().is_err());
     assert_eq!(Stdio::default().wanted(), GuestStdio::default());
     let terminal = Stdio { stdin: "/i".into(), stdout: "/o".into(), stderr: "/e".into(), terminal: true };
     assert_eq!(terminal.wanted(), GuestStdio { stdin: true, stdout: true, stderr: false, terminal: true });

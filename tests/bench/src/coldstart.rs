@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use spore_harness::containerd::Runtime;
 
 use crate::lab::{Lab, Timeline, kernel_boot, span};
@@ -69,6 +69,9 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
                 Ok((elapsed, line))
             })
             .collect::<Result<_>>()?;
+        for (_, line) in &runs {
+            ensure!(kernel_boot(line).is_some(), "a timeline without the guest's boot: {line:?}");
+        }
         rows.extend(of_timelines(&runs, &reference));
     }
     Ok(rows)

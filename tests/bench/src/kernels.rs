@@ -5,18 +5,18 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use spore_harness::containerd::Runtime;
-use spore_harness::job::PAYLOAD;
+use spore_harness::job::{CHECKOUT, PAYLOAD};
 
 use crate::lab::{Lab, Timeline, kernel_boot, span};
 use crate::report::Row;
 use crate::stats::Sample;
 
-/// Name, kernel and initramfs on the payload disk; the first is what the others are compared with.
+/// Name, kernel and initramfs in the payload's checkout; the first is what the others are compared with.
 const KERNELS: &[(&str, &str, &str)] = &[
-    ("Debian's vmlinuz", "spore/target/guest/vmlinuz", "spore/target/guest/initramfs"),
-    ("Debian's vmlinux", "spore/target/guest/vmlinux", "spore/target/guest/initramfs"),
-    ("slim bzImage", "spore/target/guest-slim/vmlinuz", "spore/target/guest-slim/initramfs"),
-    ("slim vmlinux", "spore/target/guest-slim/vmlinux", "spore/target/guest-slim/initramfs"),
+    ("Debian's vmlinuz", "target/guest/vmlinuz", "target/guest/initramfs"),
+    ("Debian's vmlinux", "target/guest/vmlinux", "target/guest/initramfs"),
+    ("slim bzImage", "target/guest-slim/vmlinuz", "target/guest-slim/initramfs"),
+    ("slim vmlinux", "target/guest-slim/vmlinux", "target/guest-slim/initramfs"),
 ];
 /// What is told of each.
 const FIGURES: [(&str, &str); 5] = [
@@ -32,13 +32,13 @@ const MEMORY_MIB: f64 = 256.0;
 
 pub(crate) fn run(rounds: usize, results: &Path) -> Result<Vec<Row>> {
     let lab = Lab::start(results)?;
-    let there = |path: &&str| Path::new(PAYLOAD).join(path).exists();
+    let there = |path: &&str| Path::new(PAYLOAD).join(CHECKOUT).join(path).exists();
     let kernels: Vec<_> = KERNELS.iter().filter(|(_, kernel, _)| there(kernel)).collect();
     let mut memory = vec![(Vec::new(), Vec::new()); kernels.len()];
     for round in 0..=rounds {
         for (index, (name, kernel, initramfs)) in kernels.iter().enumerate() {
             lab.configure(&format!(
-                "kernel = \"{PAYLOAD}/{kernel}\"\ninitramfs = \"{PAYLOAD}/{initramfs}\""
+                "kernel = \"{PAYLOAD}/{CHECKOUT}/{kernel}\"\ninitramfs = \"{PAYLOAD}/{CHECKOUT}/{initramfs}\""
             ))?;
             let output = lab.run(Runtime::Spore, &id(index, round), &["sh", "-c", SCRIPT])?;
             let kib: Vec<f64> = output.text().lines().filter_map(|line| line.parse().ok()).collect();

@@ -56,7 +56,7 @@ impl Row {
             self.reference = Some(rounded(reference));
             self.ratio = Some(ratio);
             self.target = target;
-            self.met = target.map(|target| ratio <= target);
+            self.met = target.filter(|_| self.n > 0).map(|target| ratio <= target);
         }
         self
     }

@@ -1,7 +1,7 @@
 //! End-to-end cases: `ctr` against real containerds, containers in real microVMs.
 //!
 //! Runs on the ground (`spore-testbed run spore-e2e`, or `make test SUITE=e2e`). Every case
-//! is a function of a [`bed::Subject`], that is, a series of containerd and a runtime, so that
+//! is a function of a [`spore_harness::bed::Subject`], that is, a series of containerd and a runtime, so that
 //! it can be run with runc too, to show that the case itself is right. Arguments are
 //! libtest's (a filter, `--exact`, `--list`, `--test-threads`); the environment chooses the rest:
 //!
@@ -10,7 +10,6 @@
 //! * `SPORE_SHARD`: `1/2` runs one half, another machine with `2/2` the other;
 //! * `SPORE_E2E_SOAK`: how often the long cases of `make soak` run a container, 100 say.
 
-mod bed;
 mod cases;
 mod host;
 
@@ -23,8 +22,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use spore_harness::containerd::{Runtime, series};
 use spore_harness::shard;
 
-use bed::{Bed, Subject};
 use cases::Case;
+use spore_harness::bed::{Bed, Subject};
 
 /// Cases at a time: what waits for one leaves the CPU to the other.
 const THREADS: usize = 2;
@@ -88,7 +87,7 @@ fn trial(case: Case, subject: Subject) -> Trial {
     let name = format!("{}/{}/{}", subject.series, subject.runtime.name(), case.name);
     Trial::test(name.clone(), move || {
         let begin = Instant::now();
-        let result = subject.perform(&case);
+        let result = subject.perform(case.alone, case.run);
         // The runner tells reasons only at the very end, which a deadline may cut off.
         let seconds = begin.elapsed().as_secs_f32();
         match &result {

@@ -39,6 +39,21 @@ impl Call {
         self
     }
 
+    /// The same call at a terminal of its own, by script(1); output and error output are one.
+    #[must_use]
+    pub fn in_terminal(mut self) -> Self {
+        let quoted = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
+        let words = std::iter::once(self.command.get_program()).chain(self.command.get_args());
+        let line = words.map(quoted).collect::<Vec<_>>().join(" ");
+        let mut command = Command::new("script");
+        command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        for (name, value) in self.command.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
+        self.command = command;
+        self
+    }
+
     /// Starts it without waiting.
     pub fn spawn(mut self) -> Result<Running> {
         let begin = Instant::now();

@@ -139,6 +139,11 @@ impl Containerd {
         self.directory.join("state")
     }
 
+    /// Where the overlayfs snapshotter keeps rootfs snapshots, and Spore writable layers in them.
+    pub fn snapshots(&self) -> PathBuf {
+        self.directory.join("root/io.containerd.snapshotter.v1.overlayfs/snapshots")
+    }
+
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.state().join("io.containerd.runtime.v2.task").join(&self.namespace).join(id)
     }

@@ -16,6 +16,8 @@ pub const STATUS_DEADLINE: i32 = 124;
 pub const RESULTS: &str = "/results";
 /// Where the payload disk is mounted.
 pub const PAYLOAD: &str = "/opt/payload";
+/// Why Spore could not be installed on the ground.
+pub const NOT_INSTALLED: &str = "/run/spore-not-installed";
 /// Directory on it that looks like a checkout in which everything is built.
 pub const CHECKOUT: &str = "spore";
 

@@ -16,6 +16,7 @@
 //! Nothing outside `tests/` imports this crate.
 
 pub mod archive;
+pub mod bed;
 pub mod call;
 pub mod containerd;
 pub mod demo;

@@ -5,7 +5,7 @@ use spore_harness::call::Output;
 use spore_harness::image::{FOREIGN, FOREIGN_PROGRAM, NOT_EXECUTABLE};
 
 use super::{Case, expect_contains, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("bad_command::not_found", not_found).smoke(),

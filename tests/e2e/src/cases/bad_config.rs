@@ -8,7 +8,7 @@ use spore_harness::call::Output;
 
 use super::bad_command::one_error;
 use super::{Case, expect_contains, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("bad_config::good_one_runs", good_one_runs),
@@ -55,7 +55,7 @@ fn run(subject: &Subject, change: impl FnOnce(&mut Value)) -> Result<Output> {
     spec["linux"]["cgroupsPath"] =
         json!(format!("/{}/{id}", subject.with(|it| Ok(it.namespace().to_owned()))?));
     change(&mut spec);
-    let file = tempfile::NamedTempFile::new_in("/srv/e2e")?;
+    let file = tempfile::NamedTempFile::new_in("/srv/bed")?;
     fs::write(file.path(), serde_json::to_vec(&spec)?)?;
     subject
         .ctr(&["run", "--rm", "--runtime", runtime, "--config", &file.path().to_string_lossy(), &id])?

@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 
 use super::bad_command::one_error;
 use super::{Case, expect_contains};
-use crate::bed::Subject;
 use crate::host::{Config, Over};
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     case("bad_host::kernel_missing", kernel_missing),
@@ -19,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     case("bad_host::cached_image_corrupt", cached_image_corrupt),
     case("bad_host::cached_image_is_made_again", cached_image_is_made_again),
     case("bad_host::memory_too_small", memory_too_small),
+    case("bad_host::memory_too_small_for_the_kernel", memory_too_small_for_the_kernel),
     case("bad_host::kvm_missing", kvm_missing),
     case("bad_host::kvm_unusable", kvm_unusable),
     case("bad_host::disk_full", disk_full),
@@ -33,7 +34,7 @@ const fn case(name: &'static str, run: fn(&Subject) -> Result<()>) -> Case {
     Case::new(name, run).spore_only().alone().since("2.")
 }
 
-const FILES: &str = "/srv/e2e/bad";
+const FILES: &str = "/srv/bed/bad";
 /// What an error shows of a guest that did not come up.
 const CONSOLE: &str = "last lines of the guest console";
 const PANIC: &str = "Kernel panic - not syncing";
@@ -133,6 +134,11 @@ fn memory_too_small(subject: &Subject) -> Result<()> {
     refused_with(subject, "memory_mib = 16", &["memory", "16"])
 }
 
+/// A size that the configuration allows and Debian's kernel does not fit into.
+fn memory_too_small_for_the_kernel(subject: &Subject) -> Result<()> {
+    refused_with(subject, "memory_mib = 64", &["the guest", "64 MiB", "raise memory_mib"])
+}
+
 fn kvm_missing(subject: &Subject) -> Result<()> {
     refused(subject, &["/dev/kvm"], || {
         fs::rename("/dev/kvm", "/dev/kvm.away")?;
@@ -166,7 +172,7 @@ fn disk_full(subject: &Subject) -> Result<()> {
 }
 
 /// What still lay on the full disk when it went.
-const LEFT_ON_FULL: &str = "/srv/e2e/bad/left-on-full-disk";
+const LEFT_ON_FULL: &str = "/srv/bed/bad/left-on-full-disk";
 
 /// A full disk; tells in [`LEFT_ON_FULL`] which half-made files it held at its end.
 struct Full(#[expect(dead_code, reason = "unmounted when it goes")] Over);

@@ -5,7 +5,7 @@ use spore_harness::containerd::Runtime;
 use spore_harness::image::BUSYBOX;
 
 use super::{Case, expect_contains, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("environment::as_runc", as_runc).spore_only().starts(2),

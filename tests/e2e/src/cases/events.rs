@@ -7,7 +7,7 @@ use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[Case::new("events::in_order", in_order)];
 

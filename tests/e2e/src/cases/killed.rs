@@ -9,8 +9,8 @@ use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, expect_contains, soak};
-use crate::bed::Subject;
 use crate::host::{self, child_and_parent, kill_hard, process};
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM))
@@ -28,14 +28,14 @@ pub(crate) const CASES: &[Case] = &[
         .spore_only()
         .alone()
         .newest_unless_soak()
-        .starts(2 + MOMENTS),
+        .starts(2 + 2 * MOMENTS),
 ];
 
 const VMM: &str = "spore-vmm";
 const SHIM: &str = "containerd-shim-spore-v2";
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Moments of a container's life at which it is killed.
-const MOMENTS: usize = 4;
+const MOMENTS: usize = 3;
 
 fn started(subject: &Subject, id: &str, script: &str) -> Result<Running> {
     subject.ctr(&["run", "--rm", "--runtime", subject.runtime.id(), BUSYBOX, id, "sh", "-c", script])?.spawn()
@@ -96,30 +96,32 @@ fn shim_before_delete(subject: &Subject) -> Result<()> {
     gone(subject, &id, &before)
 }
 
-/// VMM and shim in turn, at moments spread evenly over the whole of a run.
+/// VMM and shim, each at moments spread evenly over the whole of a run.
 fn at_any_moment(subject: &Subject) -> Result<()> {
     let before = warm(subject)?;
     let whole = subject.shell("whole", "true")?.elapsed;
     let moments = soak().map_or(MOMENTS, |runs| runs.div_ceil(4));
-    let mut killed = 0;
-    for moment in 0..moments {
+    let mut killed = [0, 0];
+    for moment in 0..2 * moments {
         let id = subject.id("moment");
         let begin = Instant::now();
         let call = started(subject, &id, "true")?;
-        let offset = whole.mul_f64((moment as f64 + 0.5) / moments as f64);
+        let offset = whole.mul_f64(((moment / 2) as f64 + 0.5) / moments as f64);
         wait::until("the moment", DEADLINE, || (begin.elapsed() >= offset).then_some(()))?;
         let victim = if moment % 2 == 0 {
             host::find_child(VMM, &[SHIM, &id]).map(|(vmm, _)| vmm)
         } else {
             host::find(&[SHIM, &id])
         };
-        // It may have gone by itself just now.
-        killed += victim.map_or(0, |victim| usize::from(kill_hard(victim).is_ok()));
+        // It may not have come yet, or have gone by itself just now.
+        killed[moment % 2] += victim.map_or(0, |victim| usize::from(kill_hard(victim).is_ok()));
         let output = call.wait()?;
+        ensure!(output.success() || told(&output).is_ok(), "{output}");
         gone(subject, &id, &before)
             .with_context(|| format!("killed {offset:?} of {whole:?} after the start: {output}"))?;
     }
-    ensure!(killed * 2 >= moments, "only {killed} of {moments} moments had anything to kill");
+    let [vmm, shim] = killed;
+    ensure!(vmm > 0 && shim > 0, "killed {vmm} VMMs and {shim} shims at {moments} moments");
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::status::TELLING;
 use super::{Case, soak};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("leftovers::sequential", sequential).alone().long().starts(1 + SEQUENTIAL),

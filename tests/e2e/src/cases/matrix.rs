@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use spore_harness::image::BUSYBOX;
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
 use crate::host;
+use spore_harness::bed::Subject;
 
 /// One boot does not depend on containerd's series: only the newest runs them.
 pub(crate) const CASES: &[Case] = &[

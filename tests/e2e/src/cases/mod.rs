@@ -18,7 +18,7 @@ mod vmm;
 
 use anyhow::Result;
 
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 /// One behaviour to prove.
 #[derive(Clone, Copy)]

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use sha2::{Digest, Sha256};
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("output::both_streams", both_streams).smoke(),

@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use spore_harness::image::{BUSYBOX, LAYERS, LAYERS_FILES};
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
 use crate::host::Over;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("rootfs::layers_overlayfs", |subject| layers(subject, "overlayfs")),
@@ -66,7 +66,7 @@ fn directory(subject: &Subject) -> Result<()> {
 
 /// `--rootfs` on a mounted overlay to which something was written: what Docker gives.
 fn mounted_overlay(subject: &Subject) -> Result<()> {
-    let home = tempfile::tempdir_in("/srv/e2e")?;
+    let home = tempfile::tempdir_in("/srv/bed")?;
     let [upper, work, root] = ["upper", "work", "root"].map(|name| home.path().join(name));
     for directory in [&upper, &work, &root] {
         fs::create_dir(directory)?;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("stdin::echo_hi", echo_hi).smoke().spore_only(),

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use spore_harness::image;
 
 use super::{Case, expect_equal};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] =
     &[Case::new("tasks::second_sees_the_writes_of_the_first", second_sees_first)];

@@ -1,13 +1,12 @@
 //! The VMM without a shim, as people who work on it use it.
 
-use std::fs::File;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 use spore_harness::call::Call;
 
 use super::{Case, expect_contains};
-use crate::bed::Subject;
+use spore_harness::bed::Subject;
 
 pub(crate) const CASES: &[Case] = &[Case::new("vmm::by_hand", by_hand).spore_only().since("2.")];
 
@@ -16,8 +15,9 @@ const POWER_BUTTON: &[u8] = b"\x01p";
 
 /// `spore-vmm run` boots the guest at a terminal; its power button shuts the guest down in order.
 fn by_hand(_: &Subject) -> Result<()> {
-    let disk = "/tmp/by-hand.img";
-    File::create(disk)?.set_len(1 << 20)?;
+    let disk = tempfile::NamedTempFile::new()?;
+    disk.as_file().set_len(1 << 20)?;
+    let disk = &disk.path().display().to_string();
     let lib = "/usr/local/lib/spore";
     let mut command = Command::new("/usr/local/libexec/spore/spore-vmm");
     command.args(["run", "--console", "--disk", disk, "--append", "loglevel=6"]);

@@ -19,6 +19,7 @@ pub const GUEST: &str = "target/guest";
 const PROGRAMS: &[(&str, &str)] = &[
     ("target/x86_64-unknown-linux-gnu/release/spore-testbed", "bin/spore-testbed"),
     ("target/x86_64-unknown-linux-gnu/release/spore-e2e", "bin/spore-e2e"),
+    ("target/x86_64-unknown-linux-gnu/release/spore-conformance", "bin/spore-conformance"),
     ("target/x86_64-unknown-linux-gnu/release/spore-bench", "bin/spore-bench"),
 ];
 

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 
-use crate::job::{CHECKOUT, PAYLOAD};
+use crate::job::{CHECKOUT, NOT_INSTALLED, PAYLOAD};
 
 /// Modules that a ground uses.
 pub(crate) const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
@@ -76,10 +76,10 @@ fn install() -> Result<()> {
     let output =
         Command::new(&install).output().with_context(|| format!("starting {}", install.display()))?;
     if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        eprintln!("spore-testbed: Spore is not installed: {}", text.trim_end());
-        return Ok(());
+        // Not every program needs it; those that do show this.
+        fs::write(NOT_INSTALLED, &output.stderr)?;
+        fs::create_dir_all("/etc/spore")?;
     }
-    let mut config = fs::File::options().append(true).open(SETTINGS)?;
+    let mut config = fs::File::options().append(true).create(true).open(SETTINGS)?;
     config.write_all(CONFIG.as_bytes()).with_context(|| format!("adding to {SETTINGS}"))
 }

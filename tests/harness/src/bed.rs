@@ -1,5 +1,5 @@
-//! What every case stands on: containerd instances started when first asked for, images,
-//! names that nobody else uses.
+//! What every case of `tests/e2e` and `tests/conformance` stands on: containerd instances started when first
+//! asked for, images, names that nobody else uses.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,24 +7,23 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use crate::call::{Call, Output};
+use crate::containerd::{Containerd, Runtime};
+use crate::image;
+use crate::job::NOT_INSTALLED;
+use crate::leftovers::{self, Inventory};
 use anyhow::{Context, Result, anyhow};
-use spore_harness::call::{Call, Output};
-use spore_harness::containerd::{Containerd, Runtime};
-use spore_harness::image;
-use spore_harness::leftovers::{self, Inventory};
-
-use crate::cases::Case;
 
 const BUSYBOX_PROGRAM: &str = "/bin/busybox";
 /// Below it lie roots and states of the instances; on the ground's disk, as overlayfs needs.
-const HOME: &str = "/srv/e2e";
+const HOME: &str = "/srv/bed";
 /// Where a user's containerd would look for the shim.
 const SHIM: &str = "/usr/local/bin/containerd-shim-spore-v2";
 
 type Instance = Arc<OnceLock<Result<Containerd, String>>>;
 
 /// Shared by all cases.
-pub(crate) struct Bed {
+pub struct Bed {
     directory: PathBuf,
     logs: PathBuf,
     instances: Mutex<BTreeMap<String, Instance>>,
@@ -35,7 +34,7 @@ pub(crate) struct Bed {
 
 impl Bed {
     /// Makes the images; starts nothing yet.
-    pub(crate) fn prepare() -> Result<Self> {
+    pub fn prepare() -> Result<Self> {
         let directory = PathBuf::from(HOME);
         fs::create_dir_all(&directory).with_context(|| format!("making {HOME} (is this the ground?)"))?;
         let results = std::env::var_os("SPORE_RESULTS").map_or_else(|| directory.clone(), PathBuf::from);
@@ -57,17 +56,17 @@ impl Bed {
         self.directory.join("images.tar")
     }
 
-    pub(crate) fn foreign_archive(&self) -> PathBuf {
+    pub fn foreign_archive(&self) -> PathBuf {
         self.directory.join("foreign.tar")
     }
 
     /// An unpacked image, for `--rootfs`.
-    pub(crate) fn rootfs(&self) -> PathBuf {
+    pub fn rootfs(&self) -> PathBuf {
         self.directory.join("rootfs")
     }
 
     /// Stops every instance.
-    pub(crate) fn close(&self) {
+    pub fn close(&self) {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
@@ -89,43 +88,44 @@ impl Bed {
 
 /// What a case is about: one runtime under one containerd.
 #[derive(Clone)]
-pub(crate) struct Subject {
-    pub(crate) bed: Arc<Bed>,
-    pub(crate) series: String,
-    pub(crate) runtime: Runtime,
+pub struct Subject {
+    pub bed: Arc<Bed>,
+    pub series: String,
+    pub runtime: Runtime,
     warm: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl Subject {
-    pub(crate) fn new(bed: Arc<Bed>, series: &str, runtime: Runtime) -> Self {
+    pub fn new(bed: Arc<Bed>, series: &str, runtime: Runtime) -> Self {
         Self { bed, series: series.to_owned(), runtime, warm: Arc::default() }
     }
 
     /// Runs a case, alone if it asks for that.
-    pub(crate) fn perform(&self, case: &Case) -> Result<()> {
+    pub fn perform(&self, alone: bool, run: fn(&Self) -> Result<()>) -> Result<()> {
         if self.runtime == Runtime::Spore && !Path::new(SHIM).exists() {
-            return Err(anyhow!("{SHIM} is not on the ground: it was not built (make build)"));
+            let why = fs::read_to_string(NOT_INSTALLED).unwrap_or_default();
+            return Err(anyhow!("{SHIM} is not on the ground: {}", why.trim_end()));
         }
-        if case.alone {
+        if alone {
             let _all = self.bed.quiet.write().unwrap_or_else(PoisonError::into_inner);
-            (case.run)(self)
+            run(self)
         } else {
             let _one = self.bed.quiet.read().unwrap_or_else(PoisonError::into_inner);
-            (case.run)(self)
+            run(self)
         }
     }
 
-    pub(crate) fn is_spore(&self) -> bool {
+    pub fn is_spore(&self) -> bool {
         self.runtime == Runtime::Spore
     }
 
     /// A name for a container, unique on this ground.
-    pub(crate) fn id(&self, what: &str) -> String {
+    pub fn id(&self, what: &str) -> String {
         format!("{what}-{}", self.bed.next.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Does something with the containerd, which is started when needed.
-    pub(crate) fn with<T>(&self, act: impl FnOnce(&Containerd) -> Result<T>) -> Result<T> {
+    pub fn with<T>(&self, act: impl FnOnce(&Containerd) -> Result<T>) -> Result<T> {
         let instance = self.bed.instance(&self.series);
         match instance.get() {
             Some(Ok(containerd)) => act(containerd),
@@ -135,28 +135,22 @@ impl Subject {
     }
 
     /// `ctr ARGS`.
-    pub(crate) fn ctr<S: AsRef<str>>(&self, args: &[S]) -> Result<Call> {
+    pub fn ctr<S: AsRef<str>>(&self, args: &[S]) -> Result<Call> {
         self.with(|containerd| Ok(containerd.ctr(args)))
     }
 
     /// `ctr ARGS`, which must succeed.
-    pub(crate) fn must<S: AsRef<str>>(&self, args: &[S]) -> Result<String> {
+    pub fn must<S: AsRef<str>>(&self, args: &[S]) -> Result<String> {
         self.with(|containerd| containerd.must(args))
     }
 
     /// `ctr run --rm` of the busybox image.
-    pub(crate) fn run(&self, what: &str, command: &[&str]) -> Result<Call> {
+    pub fn run(&self, what: &str, command: &[&str]) -> Result<Call> {
         self.run_with(what, &[], image::BUSYBOX, command)
     }
 
     /// `ctr run --rm` with options, an image and a command.
-    pub(crate) fn run_with(
-        &self,
-        what: &str,
-        options: &[&str],
-        image: &str,
-        command: &[&str],
-    ) -> Result<Call> {
+    pub fn run_with(&self, what: &str, options: &[&str], image: &str, command: &[&str]) -> Result<Call> {
         let id = self.id(what);
         let mut args = vec!["run", "--rm", "--runtime", self.runtime.id()];
         args.extend(options);
@@ -166,12 +160,12 @@ impl Subject {
     }
 
     /// The same, run to its end in a shell of the image.
-    pub(crate) fn shell(&self, what: &str, script: &str) -> Result<Output> {
+    pub fn shell(&self, what: &str, script: &str) -> Result<Output> {
         self.run(what, &["sh", "-c", script])?.run()
     }
 
     /// Runs one container, once, so that what is made once and kept (caches) exists.
-    pub(crate) fn warm_up(&self) -> Result<()> {
+    pub fn warm_up(&self) -> Result<()> {
         let warm = self.warm.get_or_init(|| {
             let output =
                 self.run("warm", &["true"]).and_then(Call::run).map_err(|error| format!("{error:#}"))?;
@@ -182,16 +176,16 @@ impl Subject {
 
     /// Directories of this containerd whose files are counted.
     fn counted(&self) -> Result<Vec<PathBuf>> {
-        self.with(|containerd| Ok(vec![containerd.state()]))
+        self.with(|containerd| Ok(vec![containerd.state(), containerd.snapshots()]))
     }
 
     /// What exists now, with the lists that containerd itself keeps.
-    pub(crate) fn inventory(&self) -> Result<(Inventory, Vec<String>)> {
+    pub fn inventory(&self) -> Result<(Inventory, Vec<String>)> {
         Ok((Inventory::take(&self.counted()?)?, self.listed()?))
     }
 
     /// Fails when anything exists that was not there before.
-    pub(crate) fn nothing_beyond(&self, before: &(Inventory, Vec<String>)) -> Result<()> {
+    pub fn nothing_beyond(&self, before: &(Inventory, Vec<String>)) -> Result<()> {
         leftovers::none_since(&before.0, &self.counted()?)?;
         let now = self.listed()?;
         if now != before.1 {

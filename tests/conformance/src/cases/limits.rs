@@ -1,0 +1,61 @@
+//! Limits: what a container starts with, and what happens at them.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use spore_harness::bed::Subject;
+
+use super::{Case, equal};
+use crate::guest::{Guest, shared};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("metrics: the counters of cgroup v2", metrics),
+    Case::new("limits: memory and CPU of the cgroup", cgroup).starts(1),
+    Case::new("limits: a task over its memory is killed, and told", out_of_memory).starts(1),
+];
+
+fn metrics(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        let text = guest.must("metrics", &["--format", "json"], &[])?;
+        let told: serde_json::Value = serde_json::from_str(&text)?;
+        for (group, field) in [("cpu", "usage_usec"), ("memory", "usage"), ("pids", "current")] {
+            let value = &told[group][field];
+            let number = value.as_u64().or_else(|| value.as_str()?.parse().ok());
+            ensure!(number.is_some_and(|number| number > 0), "{group}.{field} in {text}");
+        }
+        Ok(())
+    })
+}
+
+fn cgroup(subject: &Subject) -> Result<()> {
+    let options = ["--memory-limit", "67108864", "--cpus", "0.5", "--mount", CGROUP];
+    let guest = Guest::start(subject, &options)?;
+    let read = "cd /cgroup$(sed s/0::// /proc/self/cgroup); cat memory.max cpu.max";
+    equal("memory.max and cpu.max", &guest.shell(read)?, "67108864\n50000 100000\n")
+}
+
+const CGROUP: &str = "type=cgroup,src=cgroup,dst=/cgroup,options=ro:nosuid:noexec:nodev";
+
+fn out_of_memory(subject: &Subject) -> Result<()> {
+    let mut events = subject.ctr(&["events"])?.deadline(Duration::from_secs(60)).spawn()?;
+    let id = subject.id("hungry");
+    let output = subject
+        .ctr(&[
+            "run",
+            "--rm",
+            "--runtime",
+            subject.runtime.id(),
+            "--memory-limit",
+            "33554432",
+            spore_harness::image::BUSYBOX,
+            &id,
+            "sh",
+            "-c",
+            "dd if=/dev/zero of=/dev/null bs=60M count=1; exit $?",
+        ])?
+        .run()?;
+    ensure!(!output.success(), "{output}");
+    events.says("/tasks/oom")?;
+    events.kill()?;
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! The cases, one module per part of the interface.
+
+mod exec;
+mod hooks;
+mod limits;
+mod pause;
+mod processes;
+mod spec;
+mod stdio;
+
+use anyhow::{Result, ensure};
+use spore_harness::bed::Subject;
+use spore_harness::call::Output;
+
+/// One behaviour.
+#[derive(Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(&Subject) -> Result<()>,
+    /// No other case may run meanwhile.
+    pub(crate) alone: bool,
+    /// Why Spore does not do as runc does, where it cannot or should not.
+    pub(crate) differs: Option<&'static str>,
+    /// Containers that it starts: what it costs.
+    pub(crate) weight: usize,
+}
+
+impl Case {
+    /// One that looks into the shared container.
+    pub(crate) const fn new(name: &'static str, run: fn(&Subject) -> Result<()>) -> Self {
+        Self { name, run, alone: false, differs: None, weight: 1 }
+    }
+
+    /// It starts so many containers of its own.
+    pub(crate) const fn starts(mut self, containers: usize) -> Self {
+        self.weight = 10 * containers;
+        self
+    }
+}
+
+pub(crate) fn all() -> Vec<Case> {
+    [exec::CASES, processes::CASES, spec::CASES, stdio::CASES, hooks::CASES, pause::CASES, limits::CASES]
+        .concat()
+}
+
+/// Fails with what was found and what was expected.
+pub(crate) fn equal(what: &str, found: &str, expected: &str) -> Result<()> {
+    ensure!(found == expected, "{what}: found {found:?}, expected {expected:?}");
+    Ok(())
+}
+
+/// A call that failed, in words that contain all of `parts`.
+pub(crate) fn refused(output: &Output, parts: &[&str]) -> Result<()> {
+    ensure!(!output.success(), "it succeeded: {output}");
+    let errors = output.errors();
+    for part in parts {
+        ensure!(errors.contains(part), "{part:?} is not in {errors:?}");
+    }
+    Ok(())
+}

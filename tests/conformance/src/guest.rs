@@ -1,0 +1,125 @@
+//! A container that waits, for cases that look into it: made once for each subject, shared by
+//! those that only read, or owned by one that changes it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, ensure};
+use spore_harness::bed::Subject;
+use spore_harness::call::{Call, Output};
+use spore_harness::image::BUSYBOX;
+use spore_harness::wait;
+
+const STATUS: Duration = Duration::from_secs(120);
+/// A shell that reacts to signals at once and can be told to end.
+const WAITING: &str = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
+
+/// See the module.
+pub(crate) struct Guest {
+    subject: Subject,
+    pub(crate) id: String,
+}
+
+type Shared = Arc<OnceLock<Result<Guest, String>>>;
+
+/// By series and runtime.
+static SHARED: Mutex<BTreeMap<(String, &'static str), Shared>> = Mutex::new(BTreeMap::new());
+
+/// Ends the shared containers.
+pub(crate) fn end_all() {
+    SHARED.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
+/// Does something with the container that cases share.
+pub(crate) fn shared<T>(subject: &Subject, act: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
+    let key = (subject.series.clone(), subject.runtime.name());
+    let shared = Arc::clone(SHARED.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default());
+    match shared.get_or_init(|| Guest::start(subject, &[]).map_err(|error| format!("{error:#}"))) {
+        Ok(guest) => act(guest),
+        Err(error) => Err(anyhow!("the container that cases share: {error}")),
+    }
+}
+
+impl Guest {
+    /// Starts a container with further options of `ctr run`.
+    pub(crate) fn start(subject: &Subject, options: &[&str]) -> Result<Self> {
+        Self::start_with(subject, options, &["sh", "-c", WAITING])
+    }
+
+    pub(crate) fn start_with(subject: &Subject, options: &[&str], command: &[&str]) -> Result<Self> {
+        let id = subject.id("guest");
+        let mut args = vec!["run", "--detach", "--runtime", subject.runtime.id()];
+        args.extend(options);
+        args.extend([BUSYBOX, &id]);
+        args.extend(command);
+        // From here on dropping it removes what there is.
+        let guest = Self { subject: subject.clone(), id: id.clone() };
+        subject.must(&args)?;
+        Ok(guest)
+    }
+
+    /// `ctr tasks VERB [OPTIONS] ID [REST]`.
+    pub(crate) fn task(&self, verb: &str, options: &[&str], rest: &[&str]) -> Result<Call> {
+        let mut args = vec!["tasks", verb];
+        args.extend(options);
+        args.push(&self.id);
+        args.extend(rest);
+        self.subject.ctr(&args)
+    }
+
+    /// The same, to its end, which must be a good one; its output.
+    pub(crate) fn must(&self, verb: &str, options: &[&str], rest: &[&str]) -> Result<String> {
+        let output = self.task(verb, options, rest)?.run()?;
+        ensure!(output.success(), "ctr tasks {verb}: {output}");
+        Ok(output.text())
+    }
+
+    /// `ctr tasks exec` of a command.
+    pub(crate) fn exec_with(&self, options: &[&str], command: &[&str]) -> Result<Call> {
+        let exec_id = self.subject.id("exec");
+        let mut all = vec!["--exec-id", exec_id.as_str()];
+        all.extend(options);
+        self.task("exec", &all, command)
+    }
+
+    pub(crate) fn exec(&self, command: &[&str]) -> Result<Output> {
+        self.exec_with(&[], command)?.run()
+    }
+
+    /// A script's standard output; the script must succeed.
+    pub(crate) fn shell(&self, script: &str) -> Result<String> {
+        let output = self.exec(&["sh", "-c", script])?;
+        ensure!(output.success(), "exec of {script:?}: {output}");
+        Ok(output.text())
+    }
+
+    /// The state in `ctr tasks ls`, such as "RUNNING".
+    pub(crate) fn status(&self) -> Result<String> {
+        let list = self.subject.must(&["tasks", "ls"])?;
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(self.id.as_str()));
+        let status = line.and_then(|line| line.split_whitespace().nth(2));
+        status.map(str::to_owned).ok_or_else(|| anyhow!("{} is not in {list:?}", self.id))
+    }
+
+    /// Waits for a state.
+    pub(crate) fn until(&self, status: &str) -> Result<()> {
+        wait::until(&format!("{} is {status}", self.id), STATUS, || {
+            self.status().is_ok_and(|now| now == status).then_some(())
+        })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // What a case has deleted already is not there.
+        for args in [
+            ["tasks", "delete", "--force", self.id.as_str()].as_slice(),
+            ["containers", "delete", self.id.as_str()].as_slice(),
+        ] {
+            if let Ok(call) = self.subject.ctr(args) {
+                call.run().ok();
+            }
+        }
+    }
+}
