@@ -88,7 +88,8 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
 /// Lets no descriptor but the standard streams survive execve.
 pub fn close_rest_on_exec() {
     // SAFETY: only flags of this process's descriptors change. It cannot fail with these
-    // arguments on the kernels that Spore's guests have (5.11 and newer).
+    // arguments on the kernels that Spore's guests have (5.11 and newer), unless a seccomp filter
+    // forbids it: it is called before there is one.
     unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
 

@@ -18,6 +18,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 use slog::{Logger, warn};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
@@ -85,6 +86,8 @@ pub(crate) struct Container {
     holder: Mutex<Option<Holder>>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     hooks: (Hooks, Told),
+    /// Follows kills for lack of memory.
+    memory: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What a container consists of once the guest has it.
@@ -119,6 +122,7 @@ impl Container {
             holder: Mutex::new(Some(parts.holder)),
             execs: Mutex::default(),
             hooks: parts.hooks,
+            memory: Mutex::default(),
         }
     }
 
@@ -132,7 +136,8 @@ impl Container {
         self.streams.start_input()?;
         with_vm(&self.vm, "starting the container", self.guest.start(&self.id, "")).await?;
         self.enter(Phase::Running);
-        tokio::spawn(Arc::clone(self).watch_memory());
+        let watching = tokio::spawn(Arc::clone(self).watch_memory());
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(watching);
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
         // Failures of this one are logged only (runtime.md, "Lifecycle", 9).
         self.run_hooks(Point::Poststart).await;

@@ -152,8 +152,10 @@ async fn run(hook: &Hook, point: Point, index: usize, state: &[u8]) -> Result<()
         };
         let mut said = Vec::new();
         let listen = async {
-            if let Some(stderr) = stderr {
-                let _ = stderr.take(MOST_SAID).read_to_end(&mut said).await;
+            if let Some(mut stderr) = stderr {
+                let _ = (&mut stderr).take(MOST_SAID).read_to_end(&mut said).await;
+                // A closed pipe would kill a hook that says more.
+                let _ = tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await;
             }
         };
         let (status, (), ()) = tokio::join!(child.wait(), feed, listen);

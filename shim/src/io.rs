@@ -97,7 +97,7 @@ pub(crate) struct Ends {
 
 impl Ends {
     /// `namespace` and `id` are told to a logging program.
-    pub(crate) fn open(stdio: &Stdio, namespace: &str, id: &str) -> Result<Self, StdioError> {
+    pub(crate) async fn open(stdio: &Stdio, namespace: &str, id: &str) -> Result<Self, StdioError> {
         let mut ends = Self::default();
         let wanted = stdio.wanted();
         if wanted.stdin {
@@ -120,13 +120,13 @@ impl Ends {
             }
             let failed = |source| StdioError::Open { stream, path: uri.clone(), source };
             *slot = Some(match split(uri) {
-                ("file", path) => Sink::file(Path::new(path)).map_err(failed)?,
+                ("file", path) => Sink::file(Path::new(&logger::unescaped(path))).map_err(failed)?,
                 // One program takes both streams.
                 ("binary", rest) => match spare.take() {
                     Some(sink) => sink,
                     None => {
                         let (logger, out, error) =
-                            Logger::start(&logger::parse(rest), namespace, id).map_err(failed)?;
+                            Logger::start(&logger::parse(rest), namespace, id).await.map_err(failed)?;
                         ends.logger = Some(logger);
                         spare = Some(error);
                         out

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestRootfs};
 use crate::holder::Holder;
-use crate::hooks::{Point, Told};
+use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Ends, Stdio, Streams};
 use crate::process::ProcessId;
 use crate::rootfs;
@@ -67,6 +67,7 @@ struct Making {
     dir: Option<Arc<RunDir>>,
     holder: Option<Holder>,
     vm: Option<Arc<Vm>>,
+    hooks: Option<(Hooks, Told)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -148,6 +149,12 @@ impl Sandbox {
             _ = closing.wait_for(|closing| *closing) => Err(Error::Abandoned(request.id.clone())),
         };
         if outcome.is_err() {
+            // What the first hooks have set up the last take down again, as with runc.
+            if let Some((hooks, told)) = making.hooks.take()
+                && let Err(error) = hooks.run(Point::Poststop, &told).await
+            {
+                warn!(self.context.log, "hook failed"; "error" => %error);
+            }
             drop(making.holder.take());
             if let Some(vm) = making.vm.take() {
                 vm.kill().await;
@@ -198,7 +205,7 @@ impl Sandbox {
             writable_size_mib: machine.writable_size_mib,
         };
         let source = rootfs::find(&wanted)?;
-        let ends = Ends::open(&stdio, namespace, id)?;
+        let ends = Ends::open(&stdio, namespace, id).await?;
 
         let dir_error = |source| Error::RunDir { path: run_dir.clone(), source };
         let dir = Arc::new(RunDir::create(&config.run_dir, namespace, &self.context.id).map_err(dir_error)?);
@@ -225,6 +232,7 @@ impl Sandbox {
             bundle: bundle.path.clone(),
             annotations: bundle.annotations.clone(),
         };
+        making.hooks = Some((bundle.hooks.clone(), told.clone()));
         for point in [Point::Prestart, Point::CreateRuntime] {
             bundle.hooks.run(point, &told).await?;
         }

@@ -94,8 +94,9 @@ fn memory(files: &HashMap<String, String>) -> MemoryStat {
         slab_unreclaimable: value("slab_unreclaimable"),
         pgfault: value("pgfault"),
         pgmajfault: value("pgmajfault"),
-        workingset_refault: value("workingset_refault_anon") + value("workingset_refault_file"),
-        workingset_activate: value("workingset_activate_anon") + value("workingset_activate_file"),
+        workingset_refault: value("workingset_refault_anon").saturating_add(value("workingset_refault_file")),
+        workingset_activate: value("workingset_activate_anon")
+            .saturating_add(value("workingset_activate_file")),
         workingset_nodereclaim: value("workingset_nodereclaim"),
         pgrefill: value("pgrefill"),
         pgscan: value("pgscan"),
@@ -195,7 +196,10 @@ mod tests {
         let disks = "7:7 rbytes=1\n".repeat(10_000);
         let told = metrics(&files(&[
             ("cpu.stat", "usage_usec -1\nuser_usec\nsystem_usec99"),
-            ("memory.stat", "\u{0}\u{1b}[2J"),
+            (
+                "memory.stat",
+                "\u{1b}[2J\nworkingset_refault_anon 18446744073709551615\nworkingset_refault_file 1\n",
+            ),
             ("memory.current", "99999999999999999999999"),
             ("io.stat", &disks),
         ]));

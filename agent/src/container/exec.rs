@@ -1,5 +1,6 @@
 //! Further processes in a container: prepared by Exec, run by Start.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use oci_spec::runtime::Process as Spec;
@@ -100,15 +101,18 @@ impl Exec {
         };
         let json = serde_json::to_vec(&spec).map_err(|error| AgentError::internal("process", error))?;
         let created = client::exec(reaper, request, &json, theirs).await?;
-        let master = match created.terminal {
-            Some(master) => {
-                let failed =
-                    |error| AgentError::internal(format!("{}: terminal", container.name_of(exec_id)), error);
-                let size_of = master.try_clone().map_err(failed)?;
-                streams.insert(&container.id, exec_id, make::terminal(master, uid, size).map_err(failed)?);
-                Some(size_of)
+        let wired = |master: OwnedFd| {
+            let size_of = master.try_clone()?;
+            streams.insert(&container.id, exec_id, make::terminal(master, uid, size)?);
+            Ok::<_, std::io::Error>(size_of)
+        };
+        let master = match created.terminal.map(wired).transpose() {
+            Ok(master) => master,
+            Err(error) => {
+                // Nobody could follow it.
+                let _ = reaper.signal(&created.init, libc::SIGKILL);
+                return Err(AgentError::internal(format!("{}: terminal", container.name_of(exec_id)), error));
             }
-            None => None,
         };
         self.process.set_started();
         self.process.born(created.init, master);

@@ -320,6 +320,8 @@ impl Registry {
             Err(error) => return Err(error),
         };
         if !exec_id.is_empty() {
+            // A Start under way comes first.
+            let _life = container.life.lock().await;
             let exit = container.remove_exec(exec_id)?;
             self.streams.remove(id, exec_id);
             return Ok(exit);

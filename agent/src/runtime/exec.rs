@@ -11,12 +11,14 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use libcontainer::syscall::Syscall;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{capabilities, seccomp};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::{personality, prctl, stat};
 use nix::unistd::{Gid, Uid};
@@ -33,6 +35,10 @@ const MAX_MESSAGE: u64 = 4096;
 const MAX_PASSWD: u64 = 1024 * 1024;
 /// Marks a message about the executable.
 const EXECUTABLE: char = '\u{1}';
+
+const PTMX: libc::dev_t = libc::makedev(5, 2);
+/// From the fork to execve. Less than the server waits for the helper.
+const VERDICT: Duration = Duration::from_secs(30);
 
 const NAMESPACES: [(&str, CloneFlags); 8] = [
     ("user", CloneFlags::CLONE_NEWUSER),
@@ -51,6 +57,9 @@ struct Plan {
     seccomp: Option<LinuxSeccomp>,
     persona: Option<LinuxPersonalityDomain>,
     joins_user: bool,
+    /// Whose cgroup namespace is to be joined. The child does that itself: from inside of that
+    /// namespace it could not be born in the container's cgroup.
+    cgroup_of: Option<OwnedFd>,
     /// The three streams, or one terminal.
     streams: Vec<OwnedFd>,
     terminal: bool,
@@ -78,8 +87,9 @@ pub fn run(request: &Exec, mut fds: Vec<OwnedFd>, trace: Trace) -> Result<(i32, 
     if let Some(score) = process.oom_score_adj().or_else(|| spec.process().as_ref()?.oom_score_adj()) {
         fs::write("/proc/self/oom_score_adj", score.to_string()).map_err(io_because("oomScoreAdj"))?;
     }
+    let process = with_defaults(process, &spec);
     let cgroup = cgroup_of(request)?;
-    let joined = join(request.init)?;
+    let (joined, init) = join(request.init)?;
 
     let (master, streams) = if request.terminal {
         let (master, slave) = open_terminal()?;
@@ -92,16 +102,25 @@ pub fn run(request: &Exec, mut fds: Vec<OwnedFd>, trace: Trace) -> Result<(i32, 
         seccomp: linux.and_then(|linux| linux.seccomp().clone()),
         persona: linux.and_then(|linux| linux.personality().as_ref().map(|persona| persona.domain())),
         joins_user: joined.contains(CloneFlags::CLONE_NEWUSER),
+        cgroup_of: joined.contains(CloneFlags::CLONE_NEWCGROUP).then_some(init),
         streams,
         terminal: request.terminal,
     };
     let (verdict, tell) = pipe()?;
     let pid = match sys::fork_sibling_into(cgroup.as_fd()).map_err(because("fork"))? {
-        0 => become_process(&plan, tell),
+        0 => {
+            // Nothing that is about to run may find the guest's own files behind a descriptor.
+            drop(cgroup);
+            become_process(plan, tell)
+        }
         pid => pid,
     };
     drop(tell);
     drop(plan);
+    if !readable_within(&verdict, VERDICT)? {
+        let _ = sys::kill(pid, libc::SIGKILL);
+        return Err(format!("it has not been executed within {VERDICT:?}; killed"));
+    }
     let mut message = String::new();
     verdict.take(MAX_MESSAGE).read_to_string(&mut message).map_err(io_because("verdict"))?;
     match message.strip_prefix(EXECUTABLE) {
@@ -112,6 +131,24 @@ pub fn run(request: &Exec, mut fds: Vec<OwnedFd>, trace: Trace) -> Result<(i32, 
         None if message.is_empty() => Ok((pid, master)),
         None => Err(message),
     }
+}
+
+/// What the process does not say about itself is as the container's init has it, as with runc.
+fn with_defaults(mut process: Process, spec: &Spec) -> Process {
+    let Some(init) = spec.process() else { return process };
+    if process.capabilities().is_none() {
+        process.set_capabilities(init.capabilities().clone());
+    }
+    if process.rlimits().is_none() {
+        process.set_rlimits(init.rlimits().clone());
+    }
+    process
+}
+
+fn readable_within(file: &File, deadline: Duration) -> Result<bool, String> {
+    let mut poll = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
+    nix::poll::poll(&mut poll, timeout).map(|ready| ready > 0).map_err(because("verdict"))
 }
 
 fn pipe() -> Result<(File, File), String> {
@@ -137,8 +174,9 @@ fn cgroup_of(request: &Exec) -> Result<File, String> {
     File::open(&directory).map_err(io_because(directory.display()))
 }
 
-/// Joins every namespace in which the container's init is and this process is not.
-fn join(init: i32) -> Result<CloneFlags, String> {
+/// Finds the namespaces in which the container's init is and this process is not, and joins them,
+/// but for the cgroup's; gives them and the init.
+fn join(init: i32) -> Result<(CloneFlags, OwnedFd), String> {
     let id = |whose: &str, name: &str| {
         let path = format!("/proc/{whose}/ns/{name}");
         fs::metadata(&path).map(|metadata| metadata.ino()).map_err(io_because(path))
@@ -153,11 +191,12 @@ fn join(init: i32) -> Result<CloneFlags, String> {
     }
     // What is in the container must not look into this process.
     prctl::set_dumpable(false).map_err(because("set_dumpable"))?;
-    if !flags.is_empty() {
-        let init = sys::pidfd_open(init).map_err(because("open the container's init"))?;
-        setns(init, flags).map_err(because("join the container's namespaces"))?;
+    let init = sys::pidfd_open(init).map_err(because("open the container's init"))?;
+    let now = flags - CloneFlags::CLONE_NEWCGROUP;
+    if !now.is_empty() {
+        setns(&init, now).map_err(because("join the container's namespaces"))?;
     }
-    Ok(flags)
+    Ok((flags, init))
 }
 
 /// A new terminal of the container's own devpts, master and slave.
@@ -170,18 +209,24 @@ fn open_terminal() -> Result<(OwnedFd, OwnedFd), String> {
         .open("/dev/ptmx")
         .map_err(io_because("/dev/ptmx"))?
         .into();
+    // Whatever stands there is the container's: only the kernel's own multiplexer makes terminals.
+    let found = stat::fstat(&master).map_err(because("/dev/ptmx"))?;
+    if found.st_mode & libc::S_IFMT != libc::S_IFCHR || found.st_rdev != PTMX {
+        return Err("/dev/ptmx is not the terminal multiplexer (character device 5:2)".into());
+    }
     sys::unlock_terminal(master.as_fd()).map_err(because("/dev/ptmx"))?;
     let slave = sys::terminal_peer(master.as_fd()).map_err(io_because("/dev/ptmx"))?;
     Ok((master, slave))
 }
 
 /// In the child: becomes the process, or says why not.
-fn become_process(plan: &Plan, mut tell: File) -> ! {
-    let message = match prepare(plan) {
+fn become_process(mut plan: Plan, mut tell: File) -> ! {
+    let init = plan.cgroup_of.take();
+    let message = match prepare(&plan, init) {
         Ok(process) => {
             let name = process.args().iter().flatten().next().cloned().unwrap_or_default();
             match lookup::executable(&name, executor::path(&process)) {
-                Ok(file) => match filter(plan, true) {
+                Ok(file) => match filter(&plan, true) {
                     Ok(()) => format!("{EXECUTABLE}{}", executor::execute(&process, &file)),
                     Err(message) => message,
                 },
@@ -195,7 +240,11 @@ fn become_process(plan: &Plan, mut tell: File) -> ! {
 }
 
 /// Everything between fork and execve; gives the process with its environment complete.
-fn prepare(plan: &Plan) -> Result<Process, String> {
+fn prepare(plan: &Plan, init: Option<OwnedFd>) -> Result<Process, String> {
+    sys::close_rest_on_exec();
+    if let Some(init) = init {
+        setns(init, CloneFlags::CLONE_NEWCGROUP).map_err(because("join the container's cgroup namespace"))?;
+    }
     let process = &plan.process;
     let syscall = create_syscall();
     nix::unistd::setsid().map_err(because("setsid"))?;
@@ -239,7 +288,6 @@ fn prepare(plan: &Plan) -> Result<Process, String> {
     if nix::unistd::getcwd().is_err() {
         return Err("current working directory is outside of container mount namespace root".into());
     }
-    sys::close_rest_on_exec();
     let mut process = process.clone();
     let mut environment = process.env().clone().unwrap_or_default();
     if environment.iter().all(|entry| !entry.starts_with("HOME=")) {

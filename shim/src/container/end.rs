@@ -27,6 +27,10 @@ const STALL: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_secs(60);
 /// How long SIGKILL may take to be obeyed.
 const KILLED: Duration = Duration::from_secs(10);
+/// Between two events of the same kind that a guest can cause at will.
+const BETWEEN_OOMS: Duration = Duration::from_secs(1);
+/// How long the exit waits for the guest to tell that memory was the reason.
+const OOM_TOLD: Duration = Duration::from_secs(1);
 /// What processes get between SIGTERM and SIGKILL when the shim has to go.
 const GRACE: Duration = Duration::from_secs(3);
 /// How long the guest may then take in all; most of it is for writing its cache back.
@@ -71,9 +75,13 @@ impl Container {
         if !self.settle(&self.streams).await {
             warn!(self.log, "output is not being read or does not end; the exit is told nevertheless");
         }
+        let watching = self.memory.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(watching) = watching {
+            let _ = tokio::time::timeout(OOM_TOLD, watching).await;
+        }
+        let _turn = self.turn.lock().await;
         // What was executed in the container has ended with it, and is told before it.
         self.execs_told().await;
-        let _turn = self.turn.lock().await;
         // Who sees a stopped container looks for its exit.
         let _ = self.exit.send_replace(Some(Exit { status, at }));
         if self.phase() != Phase::Deleted {
@@ -140,7 +148,6 @@ impl Container {
         loop {
             match self.guest.wait_oom(&self.id, seen).await {
                 Ok(kills) if kills > seen => seen = kills,
-                // A guest that makes them up tells the same number twice.
                 Ok(_) => return,
                 // The container has ended.
                 Err(GuestError::Refused { code: Code::NOT_FOUND, .. } | GuestError::Lost { .. }) => return,
@@ -150,6 +157,8 @@ impl Container {
             }
             info!(self.log, "processes were killed for lack of memory"; "so far" => seen);
             self.events.send(TaskOOM { container_id: self.id.clone(), ..Default::default() });
+            // Whatever a guest makes up: the next number stands for all kills until then.
+            tokio::time::sleep(BETWEEN_OOMS).await;
         }
     }
 

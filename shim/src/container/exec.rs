@@ -125,7 +125,7 @@ impl Container {
             }
             (phase, _) => return Err(Error::State(format!("cannot start a {} process", phase.name()))),
         }
-        let ends = Ends::open(&exec.stdio, self.events.namespace(), &self.id)?;
+        let ends = Ends::open(&exec.stdio, self.events.namespace(), exec_id).await?;
         let started = SystemTime::now();
         let result = with_vm(&self.vm, "starting a process", self.guest.start(&self.id, exec_id)).await;
         if let Err(error) = result {
@@ -135,9 +135,7 @@ impl Container {
             return Err(error);
         }
         exec.enter(Phase::Running);
-        let attached =
-            Streams::attach(&self.guest, (&self.id, exec_id), exec.stdio.terminal, ends, &self.log);
-        let streams = match with_vm(&self.vm, "connecting standard streams", attached).await {
+        let streams = match self.attach_exec(&exec, ends).await {
             Ok(streams) => Arc::new(streams),
             Err(error) => {
                 // Nobody could follow it.
@@ -147,7 +145,6 @@ impl Container {
                 return Err(error);
             }
         };
-        let input = streams.start_input();
         exec.attach(Arc::clone(&streams));
         self.events.send(TaskExecStarted {
             container_id: self.id.clone(),
@@ -156,7 +153,15 @@ impl Container {
             ..Default::default()
         });
         self.spawn_watch(&exec, Some(streams), started);
-        Ok(input?)
+        Ok(())
+    }
+
+    async fn attach_exec(&self, exec: &Exec, ends: Ends) -> Result<Streams, Error> {
+        let process = (self.id.as_str(), exec.id.as_str());
+        let attached = Streams::attach(&self.guest, process, exec.stdio.terminal, ends, &self.log);
+        let streams = with_vm(&self.vm, "connecting standard streams", attached).await?;
+        streams.start_input()?;
+        Ok(streams)
     }
 
     /// Follows an exec to its end and publishes it.
@@ -205,6 +210,11 @@ impl Container {
             && !streams.drain(DRAIN).await
         {
             warn!(self.log, "output was not taken in time and is lost"; "exec" => exec_id);
+        }
+        // A Start under way comes first.
+        let _turn = self.turn.lock().await;
+        if exec.phase() == Phase::Running {
+            return Err(Error::State("cannot delete a running process".into()));
         }
         if !self.is_lost() {
             let deleted = self.guest.delete(&self.id, exec_id);

@@ -3,7 +3,7 @@
 //! the program closes when it is ready; NAME and VALUE are its arguments, CONTAINER_ID and
 //! CONTAINER_NAMESPACE its environment.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -11,13 +11,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout};
-use tokio::net::unix::pipe::Sender;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::{Receiver, Sender};
 
 use super::sink::Sink;
 
 pub(crate) const SUBCOMMAND: &str = "logger";
-/// A logging program is ready within this time (containerd's shim: the same).
+/// A logging program is ready within this time.
 const READY: Duration = Duration::from_secs(10);
 /// What it gets to write out the last lines.
 const LAST_LINES: Duration = Duration::from_secs(10);
@@ -36,16 +36,13 @@ pub(super) fn parse(rest: &str) -> Named {
     let mut arguments = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        arguments.push(unescaped(name));
-        if !value.is_empty() {
-            arguments.push(unescaped(value));
-        }
+        arguments.extend([unescaped(name), unescaped(value)]);
     }
     Named { program: unescaped(path).into(), arguments }
 }
 
 /// Percent-encoding undone, and "+" as in queries.
-fn unescaped(text: &str) -> String {
+pub(super) fn unescaped(text: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {
@@ -72,7 +69,7 @@ pub(crate) struct Logger(Child);
 
 impl Logger {
     /// Starts it and waits until it is ready; gives the sinks for standard output and error.
-    pub(super) fn start(named: &Named, namespace: &str, id: &str) -> io::Result<(Self, Sink, Sink)> {
+    pub(super) async fn start(named: &Named, namespace: &str, id: &str) -> io::Result<(Self, Sink, Sink)> {
         let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from);
         let (out_read, out) = pipe()?;
         let (error_read, error) = pipe()?;
@@ -81,6 +78,7 @@ impl Logger {
             .arg(SUBCOMMAND)
             .arg(&named.program)
             .args(&named.arguments)
+            .env_clear()
             .env("CONTAINER_ID", id)
             .env("CONTAINER_NAMESPACE", namespace)
             .current_dir("/")
@@ -88,21 +86,20 @@ impl Logger {
             .stdout(Stdio::from(error_read))
             .stderr(Stdio::from(ready_write))
             .spawn()?;
-        let mut logger = Self(child);
-        logger.wait_until_ready(ready)?;
+        let logger = Self(child);
+        Self::wait_until_ready(ready).await?;
         let sink = |fd: OwnedFd| Sender::from_owned_fd(fd).map(Sink::Logger);
         Ok((logger, sink(out)?, sink(error)?))
     }
 
-    fn wait_until_ready(&mut self, ready: OwnedFd) -> io::Result<()> {
-        let mut poll = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(READY).unwrap_or(PollTimeout::MAX);
-        if nix::poll::poll(&mut poll, timeout)? == 0 {
+    async fn wait_until_ready(ready: OwnedFd) -> io::Result<()> {
+        let mut ready = Receiver::from_owned_fd(ready)?;
+        let mut said = [0; 4096];
+        let Ok(length) = tokio::time::timeout(READY, ready.read(&mut said)).await else {
             return Err(io::Error::new(io::ErrorKind::TimedOut, format!("is not ready after {READY:?}")));
-        }
-        // A byte, or nothing: both mean that it is. What could not be started says so here.
-        let mut said = String::new();
-        std::fs::File::from(ready).take(4096).read_to_string(&mut said)?;
+        };
+        // A byte, or the end: both mean that it is. What could not be started says so here.
+        let said = String::from_utf8_lossy(&said[..length?]).into_owned();
         match said.strip_prefix(FAILED) {
             Some(reason) => Err(io::Error::other(reason.to_owned())),
             None => Ok(()),
@@ -164,7 +161,7 @@ mod tests {
     fn a_uri_names_program_and_arguments() {
         let named = parse("/usr/bin/log%20it?--to=%2Fvar%2Flog&quiet&a=b+c");
         assert_eq!(named.program, std::path::Path::new("/usr/bin/log it"));
-        assert_eq!(named.arguments, ["--to", "/var/log", "quiet", "a", "b c"]);
+        assert_eq!(named.arguments, ["--to", "/var/log", "quiet", "", "a", "b c"]);
         assert_eq!(unescaped("100%"), "100%");
         assert_eq!(unescaped("%zz%4"), "%zz%4");
     }

@@ -33,9 +33,9 @@ fn pattern(length: usize) -> Vec<u8> {
 }
 
 /// Streams that carry a guest's standard output to a fifo, and the guest's end of it.
-fn output_to(path: &Path) -> (Streams, UnixStream) {
+async fn output_to(path: &Path) -> (Streams, UnixStream) {
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").unwrap();
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
     let (shim, guest) = UnixStream::pair().unwrap();
     let (from_guest, to_guest) = shim.into_split();
     let streams = Streams::new(&log());
@@ -48,7 +48,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").unwrap();
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let data = pattern(64 << 20);
     let expected = data.clone();
@@ -85,7 +85,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
 async fn a_client_may_detach_and_another_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let (streams, mut guest) = output_to(&path);
+    let (streams, mut guest) = output_to(&path).await;
     let read = |path: PathBuf, length: usize| async move {
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -106,7 +106,7 @@ async fn a_client_may_detach_and_another_come_back() {
 #[tokio::test]
 async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
     let dir = tempfile::tempdir().unwrap();
-    let (streams, mut guest) = output_to(&fifo(&dir, "stdout"));
+    let (streams, mut guest) = output_to(&fifo(&dir, "stdout")).await;
     let writer = tokio::spawn(async move {
         let _ = guest.write_all(&vec![0; 4 << 20]).await;
     });
@@ -119,7 +119,7 @@ async fn a_client_that_never_reads_delays_delete_only_until_its_deadline() {
 async fn a_guest_that_writes_for_ever_delays_the_exit_only_until_the_cap() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let (streams, mut guest) = output_to(&path);
+    let (streams, mut guest) = output_to(&path).await;
     let reader =
         std::thread::spawn(move || std::io::copy(&mut File::open(path).unwrap(), &mut std::io::sink()));
     let writer = tokio::spawn(async move { while guest.write_all(&[0; 4096]).await.is_ok() {} });
@@ -136,7 +136,7 @@ async fn output_is_settled_when_the_client_has_read_it_or_there_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
         let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-        let ends = Ends::open(&stdio, "default", "c").unwrap();
+        let ends = Ends::open(&stdio, "default", "c").await.unwrap();
         let client =
             attached.then(|| File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap());
         let (shim, mut guest) = UnixStream::pair().unwrap();
@@ -159,7 +159,7 @@ async fn input_ends_when_close_io_came_and_the_clients_have_left() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
     let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").unwrap();
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());
@@ -190,7 +190,7 @@ async fn close_io_before_start_loses_no_input() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
     let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").unwrap();
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());

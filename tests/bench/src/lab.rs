@@ -56,6 +56,25 @@ impl Lab {
         Ok(output)
     }
 
+    /// Starts a container that waits.
+    pub(crate) fn detach(&self, runtime: Runtime, id: &str) -> Result<()> {
+        let args = ["run", "--detach", "--runtime", runtime.id(), BUSYBOX, id, "sleep", "100000"];
+        self.containerd.must(&args).map(drop)
+    }
+
+    /// `ctr tasks exec` in it.
+    pub(crate) fn exec(&self, id: &str, exec_id: &str, command: &[&str]) -> Result<Output> {
+        let mut args = vec!["tasks", "exec", "--exec-id", exec_id, id];
+        args.extend(command);
+        self.containerd.ctr(&args).run()
+    }
+
+    /// Ends and removes it.
+    pub(crate) fn remove(&self, id: &str) -> Result<()> {
+        self.containerd.must(&["tasks", "delete", "--force", id])?;
+        self.containerd.must(&["containers", "delete", id]).map(drop)
+    }
+
     /// Ends containerd; gives the timelines by container, and keeps a copy in `results`.
     pub(crate) fn timelines(self, results: &Path) -> Result<BTreeMap<String, Timeline>> {
         drop(self.containerd);

@@ -5,6 +5,7 @@
 //! [`report::Row`].
 
 mod coldstart;
+mod exec;
 mod kernels;
 mod lab;
 mod report;
@@ -20,6 +21,8 @@ use clap::{Parser, ValueEnum};
 enum Suite {
     /// A whole `ctr run --rm`, its phases, and the memory of shim and VMM.
     Coldstart,
+    /// Further processes in a running container: latency, and throughput of their output.
+    Exec,
     /// Guest kernels under Spore: boot time and memory. Only on request.
     Kernels,
 }
@@ -53,6 +56,9 @@ fn run(cli: &Cli) -> Result<()> {
     if wanted(Suite::Coldstart) {
         let rows = coldstart::run(cli.runtime.parse()?, cli.pairs, &results)?;
         report::publish("coldstart", &rows, &results)?;
+    }
+    if wanted(Suite::Exec) {
+        report::publish("exec", &exec::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
     }
     if cli.suites.contains(&Suite::Kernels) {
         report::publish("kernels", &kernels::run(cli.pairs, &results)?, &results)?;

@@ -15,6 +15,10 @@ const STATUS: Duration = Duration::from_secs(120);
 /// A shell that reacts to signals at once and can be told to end.
 const WAITING: &str = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
 
+/// Waits, in a container, until the terminal has a size that only a client can have given it.
+pub(crate) const UNTIL_RESIZED: &str =
+    "until [ \"$(stty size)\" = \"33 77\" ]; do sleep 0.1; done; stty size";
+
 /// See the module.
 pub(crate) struct Guest {
     subject: Subject,

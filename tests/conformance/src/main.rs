@@ -7,6 +7,7 @@
 //!
 //! The table of results goes to `conformance.md` among the results.
 
+mod api;
 mod cases;
 mod guest;
 mod table;

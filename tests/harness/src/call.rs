@@ -39,13 +39,15 @@ impl Call {
         self
     }
 
-    /// The same call at a terminal of its own, by script(1); output and error output are one.
+    /// The same call at a terminal of its own, by script(1), of so many rows and columns; output
+    /// and error output are one.
     #[must_use]
-    pub fn in_terminal(mut self) -> Self {
+    pub fn in_terminal(mut self, rows: u16, columns: u16) -> Self {
         let quoted = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
         let words = std::iter::once(self.command.get_program()).chain(self.command.get_args());
         let line = words.map(quoted).collect::<Vec<_>>().join(" ");
         let mut command = Command::new("script");
+        let line = format!("stty rows {rows} cols {columns}; exec {line}");
         command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
         for (name, value) in self.command.get_envs() {
             command.env(name, value.unwrap_or_default());

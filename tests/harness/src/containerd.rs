@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -75,7 +76,21 @@ pub struct Containerd {
     directory: PathBuf,
     /// All that its clients do happens here.
     namespace: String,
-    process: Child,
+    process: Mutex<Child>,
+    log: PathBuf,
+}
+
+fn launch(series: &str, config: &Path, log: &Path) -> Result<Child> {
+    let log = File::options().append(true).open(log)?;
+    Command::new(binary(series, "containerd"))
+        .arg("--config")
+        .arg(config)
+        .env("PATH", path(series))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting containerd {series}"))
 }
 
 impl Containerd {
@@ -89,41 +104,53 @@ impl Containerd {
         if let Some(parent) = log.parent() {
             fs::create_dir_all(parent)?;
         }
-        let log_file = File::create(log).with_context(|| format!("creating {}", log.display()))?;
-        let process = Command::new(binary(series, "containerd"))
-            .arg("--config")
-            .arg(&config)
-            .env("PATH", path(series))
-            .stdin(Stdio::null())
-            .stdout(log_file.try_clone()?)
-            .stderr(log_file)
-            .spawn()
-            .with_context(|| format!("starting containerd {series}"))?;
-        let mut started = Self {
+        File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        let started = Self {
             series: series.to_owned(),
             directory: directory.to_owned(),
             namespace: format!("test{}", series.replace('.', "")),
-            process,
+            process: Mutex::new(launch(series, &config, log)?),
+            log: log.to_owned(),
         };
-        started.wait_until_it_answers(log)?;
+        started.wait_until_it_answers()?;
         Ok(started)
     }
 
-    fn wait_until_it_answers(&mut self, log: &Path) -> Result<()> {
-        let socket = self.directory.join("containerd.sock");
-        let what = format!("containerd {} answers (log: {})", self.series, log.display());
-        let process = &mut self.process;
-        let ended = wait::until(&what, START, || match process.try_wait() {
+    /// Kills it by force and starts it again over what it left.
+    pub fn restart(&self) -> Result<()> {
+        {
+            let mut process = self.process();
+            process.kill()?;
+            process.wait()?;
+            fs::remove_file(self.directory.join("containerd.sock")).ok();
+            *process = launch(&self.series, &self.directory.join("config.toml"), &self.log)?;
+        }
+        self.wait_until_it_answers()
+    }
+
+    fn process(&self) -> MutexGuard<'_, Child> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_until_it_answers(&self) -> Result<()> {
+        let socket = self.socket();
+        let what = format!("containerd {} answers (log: {})", self.series, self.log.display());
+        let ended = wait::until(&what, START, || match self.process().try_wait() {
             Ok(None) => socket.exists().then_some(None),
             Ok(Some(status)) => Some(Some(status)),
             Err(_) => None,
         })?;
         if let Some(status) = ended {
-            bail!("containerd {} ended at once: {status} (log: {})", self.series, log.display());
+            bail!("containerd {} ended at once: {status} (log: {})", self.series, self.log.display());
         }
         // The socket stands before the services behind it.
         wait::until(&what, START, || self.ctr(&["version"]).run().ok().filter(Output::success))?;
         Ok(())
+    }
+
+    /// Where its clients connect.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("containerd.sock")
     }
 
     pub fn series(&self) -> &str {
@@ -149,13 +176,13 @@ impl Containerd {
     }
 
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.process().id()
     }
 
     /// A `ctr` call against this instance.
     pub fn ctr<S: AsRef<str>>(&self, args: &[S]) -> Call {
         let mut command = Command::new(binary(&self.series, "ctr"));
-        command.arg("--address").arg(self.directory.join("containerd.sock"));
+        command.arg("--address").arg(self.socket());
         command.args(["--namespace", &self.namespace]);
         command.args(args.iter().map(AsRef::as_ref)).env("PATH", path(&self.series));
         Call::new(command)
@@ -183,9 +210,10 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let pid = Pid::from_raw(i32::try_from(self.process.id()).unwrap_or(i32::MAX));
+        let mut process = self.process();
+        let pid = Pid::from_raw(i32::try_from(process.id()).unwrap_or(i32::MAX));
         if kill(pid, Signal::SIGTERM).is_ok() {
-            wait::child("containerd stops", &mut self.process, STOP).ok();
+            wait::child("containerd stops", &mut process, STOP).ok();
         }
     }
 }

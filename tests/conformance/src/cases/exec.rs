@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use spore_harness::bed::Subject;
 
 use super::{Case, equal, refused};
-use crate::guest::{Guest, shared};
+use crate::guest::{Guest, UNTIL_RESIZED, shared};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("exec: output, error output and status", streams_and_status),
@@ -19,7 +19,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("exec: the container's capabilities and no more", capabilities),
     Case::new("exec: namespaces are the container's", namespaces),
     Case::new("exec: the cgroup is the container's", cgroup),
-    Case::new("exec: a terminal", terminal),
+    Case::new("exec: in a cgroup namespace of the container's own", cgroup_namespace).starts(1),
+    Case::new("exec: a terminal, and its size", terminal),
     Case::new("exec: an id in use is refused", same_id),
     Case::new("exec: kill by exec id leaves the container", kill).starts(1),
     Case::new("exec: in a stopped container is refused", stopped).starts(1),
@@ -134,19 +135,22 @@ fn cgroup(subject: &Subject) -> Result<()> {
     })
 }
 
+fn cgroup_namespace(subject: &Subject) -> Result<()> {
+    let guest = Guest::start(subject, &["--with-ns", "cgroup:"])?;
+    let links = "readlink /proc/1/ns/cgroup; readlink /proc/self/ns/cgroup";
+    let text = guest.shell(links)?;
+    let (init, own) = text.trim().split_once('\n').unwrap_or_default();
+    equal("namespace", own, init)
+}
+
 fn terminal(subject: &Subject) -> Result<()> {
     shared(subject, |guest| {
-        // ctr wants a terminal itself; script(1) gives it one.
-        let exec_id = subject.id("terminal");
-        let output = guest
-            .task(
-                "exec",
-                &["--exec-id", &exec_id, "--tty"],
-                &["sh", "-c", "tty; test -t 0 && test -t 2 && echo yes"],
-            )?
-            .in_terminal()
-            .run()?;
-        ensure!(output.text().contains("/dev/pts/") && output.text().contains("yes"), "{output}");
+        let script = format!("tty; test -t 0 && test -t 2 && echo yes; {UNTIL_RESIZED}");
+        // ctr wants a terminal itself, and passes its size on.
+        let call = guest.exec_with(&["--tty"], &["sh", "-c", &script])?.in_terminal(33, 77);
+        let output = call.run()?;
+        let text = output.text();
+        ensure!(text.contains("/dev/pts/") && text.contains("yes") && text.contains("33 77"), "{output}");
         Ok(())
     })
 }

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use spore_harness::bed::Subject;
 
 use super::{Case, equal};
+use crate::api;
 use crate::guest::{Guest, shared};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("metrics: the counters of cgroup v2", metrics),
     Case::new("limits: memory and CPU of the cgroup", cgroup).starts(1),
+    Case::new("limits: changed while it runs", changed).starts(1),
     Case::new("limits: a task over its memory is killed, and told", out_of_memory).starts(1),
 ];
 
@@ -35,6 +38,17 @@ fn cgroup(subject: &Subject) -> Result<()> {
 }
 
 const CGROUP: &str = "type=cgroup,src=cgroup,dst=/cgroup,options=ro:nosuid:noexec:nodev";
+
+fn changed(subject: &Subject) -> Result<()> {
+    let guest = Guest::start(subject, &["--memory-limit", "67108864", "--cpus", "0.5", "--mount", CGROUP])?;
+    let resources = json!({ "memory": { "limit": 100 << 20 }, "pids": { "limit": 77 } });
+    api::update(subject, &guest.id, &resources)??;
+    let read = "cd /cgroup$(sed s/0::// /proc/self/cgroup); cat memory.max pids.max cpu.max";
+    equal("memory, pids, and the CPU as before", &guest.shell(read)?, "104857600\n77\n50000 100000\n")?;
+    let refused = api::update(subject, &guest.id, &json!({ "cpu": { "cpus": "900-901" } }))?;
+    ensure!(refused.is_err(), "a cpuset that no machine has");
+    Ok(())
+}
 
 fn out_of_memory(subject: &Subject) -> Result<()> {
     let mut events = subject.ctr(&["events"])?.deadline(Duration::from_secs(60)).spawn()?;

@@ -5,6 +5,7 @@ mod hooks;
 mod limits;
 mod pause;
 mod processes;
+mod restart;
 mod spec;
 mod stdio;
 
@@ -31,6 +32,11 @@ impl Case {
         Self { name, run, alone: false, differs: None, weight: 1 }
     }
 
+    pub(crate) const fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+
     /// It starts so many containers of its own.
     pub(crate) const fn starts(mut self, containers: usize) -> Self {
         self.weight = 10 * containers;
@@ -39,8 +45,17 @@ impl Case {
 }
 
 pub(crate) fn all() -> Vec<Case> {
-    [exec::CASES, processes::CASES, spec::CASES, stdio::CASES, hooks::CASES, pause::CASES, limits::CASES]
-        .concat()
+    [
+        exec::CASES,
+        processes::CASES,
+        spec::CASES,
+        stdio::CASES,
+        hooks::CASES,
+        pause::CASES,
+        limits::CASES,
+        restart::CASES,
+    ]
+    .concat()
 }
 
 /// Fails with what was found and what was expected.

@@ -10,10 +10,10 @@ use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, equal};
-use crate::guest::Guest;
+use crate::guest::{Guest, UNTIL_RESIZED};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::new("stdio: a terminal of the container's own", terminal).starts(1),
+    Case::new("stdio: a terminal of the container's own, and its size", terminal).starts(1),
     Case::new("stdio: none at all", null).starts(1),
     Case::new("stdio: a log file", log_file).starts(1),
     Case::new("stdio: a logging program", log_program).starts(1),
@@ -23,12 +23,16 @@ pub(crate) const CASES: &[Case] = &[
 const DEADLINE: Duration = Duration::from_secs(60);
 
 fn terminal(subject: &Subject) -> Result<()> {
-    let script = "tty; test -t 0 && test -t 1 && test -t 2 && echo all; ls -l /dev/console | cut -c1; exit 7";
-    let output =
-        subject.run_with("terminal", &["--tty"], BUSYBOX, &["sh", "-c", script])?.in_terminal().run()?;
+    let script = format!(
+        "tty; test -t 0 && test -t 1 && test -t 2 && echo all; ls -l /dev/console | cut -c1; {UNTIL_RESIZED}; exit 7"
+    );
+    let output = subject
+        .run_with("terminal", &["--tty"], BUSYBOX, &["sh", "-c", &script])?
+        .in_terminal(33, 77)
+        .run()?;
     ensure!(output.code() == 7, "{output}");
     let text = output.text().replace('\r', "");
-    ensure!(text.contains("/dev/") && text.contains("\nall\nc\n"), "{text:?}");
+    ensure!(text.contains("/dev/") && text.contains("\nall\nc\n33 77\n"), "{text:?}");
     Ok(())
 }
 
