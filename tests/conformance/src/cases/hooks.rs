@@ -75,7 +75,7 @@ fn each_at_its_moment(subject: &Subject) -> Result<()> {
         hooks[name] = bundle.hook(name);
     }
     hooks["startContainer"] = json!([{ "path": "/bin/touch", "args": ["touch", "/from-start-container"] }]);
-    let output = bundle.run(subject, &hooks, &["sh", "-c", "ls /from-start-container"])?;
+    let output = bundle.run(subject, &hooks, &["/bin/sh", "-c", "/bin/ls /from-start-container"])?;
     ensure!(output.success(), "{output}");
     equal("in the container", &output.text(), "/from-start-container\n")?;
     let notes = wait::until("poststop has run", DEADLINE, || {
