@@ -41,12 +41,7 @@ fn parse(json: &[u8], terminal: bool) -> Result<Spec> {
     }
     let spec: Spec =
         serde_json::from_slice(json).map_err(|error| invalid(format!("process: malformed: {error}")))?;
-    if spec.args().as_ref().is_none_or(Vec::is_empty) {
-        return Err(invalid("process.args is empty, nothing could be run"));
-    }
-    if !spec.cwd().is_absolute() {
-        return Err(invalid(format!("process.cwd \"{}\" must be absolute", spec.cwd().display())));
-    }
+    super::spec::check_process(&spec).map_err(invalid)?;
     if spec.terminal().unwrap_or(false) != terminal {
         let said = spec.terminal().unwrap_or(false);
         return Err(invalid(format!("process.terminal is {said}, but the request says {terminal}")));

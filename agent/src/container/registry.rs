@@ -167,7 +167,9 @@ impl Registry {
         let mut rootfs = blocking(move || {
             let rootfs = Rootfs::mount(&disks, &lower, &writable, &root)?;
             rootfs.create_cwd(&cwd)?;
-            spec::add_home(&mut spec, &rootfs.passwd());
+            if let Some(process) = spec.process_mut() {
+                spec::add_home(process, || rootfs.passwd());
+            }
             let config = bundle_dir.join("config.json");
             let json =
                 serde_json::to_vec(&spec).map_err(|error| AgentError::internal("config.json", error))?;

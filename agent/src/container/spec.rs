@@ -46,17 +46,12 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
         serde_json::from_slice(json).map_err(|error| invalid(format!("config.json: malformed: {error}")))?;
 
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("config.json: has no process"))?;
-    if process.args().as_ref().is_none_or(Vec::is_empty) {
-        return Err(invalid("config.json: process.args is empty, nothing could be run"));
-    }
+    check_process(process).map_err(|what| invalid(format!("config.json: {what}")))?;
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
     let terminal = process.terminal().unwrap_or(false);
     let uid = process.user().uid();
     let cwd = process.cwd().clone();
-    if !cwd.is_absolute() {
-        return Err(invalid(format!("config.json: process.cwd \"{}\" must be absolute", cwd.display())));
-    }
     let console_size = console_size(process);
 
     let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
@@ -103,6 +98,17 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
         cwd,
         devices,
     })
+}
+
+/// What every process must have, a container's init and an exec; says what is wrong.
+pub fn check_process(process: &Process) -> std::result::Result<(), String> {
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err("process.args is empty, nothing could be run".into());
+    }
+    if !process.cwd().is_absolute() {
+        return Err(format!("process.cwd \"{}\" must be absolute", process.cwd().display()));
+    }
+    Ok(())
 }
 
 /// Rows and columns that a process wants its terminal to have.
@@ -191,18 +197,17 @@ fn cgroup_path(id: &str, path: Option<&Path>) -> Result<PathBuf> {
 ///
 /// Done before libcontainer would do it by the C library, which in a static binary loads name
 /// service modules from the container's image.
-pub fn add_home(spec: &mut Spec, passwd: &str) {
-    let Some(process) = spec.process_mut().as_mut() else { return };
+pub fn add_home(process: &mut Process, passwd: impl FnOnce() -> String) {
     let mut environment = process.env().clone().unwrap_or_default();
     if environment.iter().all(|entry| !entry.starts_with("HOME=")) {
-        let home = home_of(passwd, process.user().uid()).unwrap_or_else(|| "/".into());
+        let home = home_of(&passwd(), process.user().uid()).unwrap_or_else(|| "/".into());
         environment.push(format!("HOME={home}"));
         process.set_env(Some(environment));
     }
 }
 
 /// The home directory of a user in the text of a passwd file.
-pub fn home_of(passwd: &str, uid: u32) -> Option<String> {
+fn home_of(passwd: &str, uid: u32) -> Option<String> {
     passwd.lines().find_map(|line| {
         let mut fields = line.split(':');
         let id = fields.nth(2)?.parse::<u32>().ok()?;

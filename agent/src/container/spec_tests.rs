@@ -112,9 +112,9 @@ fn incomplete_specs_say_what_is_missing() {
 fn home_comes_from_the_containers_passwd() {
     let passwd = "root:x:0:0:root:/root:/bin/sh\nbad\nweb:x:5:6:www:/var/www:/bin/false\n";
     let mut prepared = run(&config()).unwrap();
-    add_home(&mut prepared.spec, passwd);
-    add_home(&mut prepared.spec, "");
-    let process = prepared.spec.process().as_ref().unwrap();
+    let process = prepared.spec.process_mut().as_mut().unwrap();
+    add_home(process, || passwd.into());
+    add_home(process, String::new);
     assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/var/www"]);
     assert_eq!(home_of(passwd, 77), None);
 }

@@ -27,7 +27,7 @@ use oci_spec::runtime::{LinuxCapabilities, LinuxPersonalityDomain, LinuxSeccomp,
 use super::protocol::Exec;
 use super::trace::Trace;
 use super::{chain, executor, lookup};
-use crate::container::spec::home_of;
+use crate::container::spec::add_home;
 use crate::sys;
 
 /// Longest message of the child.
@@ -289,11 +289,7 @@ fn prepare(plan: &Plan, init: Option<OwnedFd>) -> Result<Process, String> {
         return Err("current working directory is outside of container mount namespace root".into());
     }
     let mut process = process.clone();
-    let mut environment = process.env().clone().unwrap_or_default();
-    if environment.iter().all(|entry| !entry.starts_with("HOME=")) {
-        environment.push(format!("HOME={}", home_of(&passwd(), user.uid()).unwrap_or_else(|| "/".into())));
-        process.set_env(Some(environment));
-    }
+    add_home(&mut process, passwd);
     Ok(process)
 }
 

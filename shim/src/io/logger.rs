@@ -36,12 +36,13 @@ pub(super) fn parse(rest: &str) -> Named {
     let mut arguments = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        arguments.extend([unescaped(name), unescaped(value)]);
+        // In queries, and only there, "+" is a space.
+        arguments.extend([name, value].map(|text| unescaped(&text.replace('+', " "))));
     }
     Named { program: unescaped(path).into(), arguments }
 }
 
-/// Percent-encoding undone, and "+" as in queries.
+/// Percent-encoding undone.
 pub(super) fn unescaped(text: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();
@@ -56,7 +57,7 @@ pub(super) fn unescaped(text: &str) -> String {
                 rest = &tail[2..];
             }
             None => {
-                bytes.push(if first == b'+' { b' ' } else { first });
+                bytes.push(first);
                 rest = tail;
             }
         }
@@ -162,6 +163,7 @@ mod tests {
         let named = parse("/usr/bin/log%20it?--to=%2Fvar%2Flog&quiet&a=b+c");
         assert_eq!(named.program, std::path::Path::new("/usr/bin/log it"));
         assert_eq!(named.arguments, ["--to", "/var/log", "quiet", "", "a", "b c"]);
+        assert_eq!(unescaped("/var/log/a+b%20c"), "/var/log/a+b c");
         assert_eq!(unescaped("100%"), "100%");
         assert_eq!(unescaped("%zz%4"), "%zz%4");
     }
