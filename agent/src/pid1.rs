@@ -51,7 +51,7 @@ fn set_up() -> io::Result<()> {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         say!("oom_score_adj: {error}");
     }
-    modules::load_listed();
+    modules::load_listed(modules::BOOT);
     sys::loopback_up().unwrap_or_else(|error| say!("lo: {error}"));
     Ok(())
 }

@@ -11,6 +11,7 @@ use spore_agent_api::MOUNT_TYPES;
 
 use crate::config::{Limits, cpuset_count};
 use crate::hooks::Hooks;
+use crate::volumes::{self, Volume};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BundleError {
@@ -47,6 +48,8 @@ pub(crate) struct Bundle {
     pub(crate) hostname: String,
     /// Of the host's side.
     pub(crate) hooks: Hooks,
+    /// Host directories and files; the guest's spec names them by their place here.
+    pub(crate) volumes: Vec<Volume>,
     pub(crate) oci_version: String,
 }
 
@@ -72,7 +75,7 @@ impl Bundle {
         check_process(&path, &spec)?;
         // Before the mounts: `ctr --net-host` adds some that are refused as well.
         let network = network(&path, &spec)?;
-        check_mounts(&path, &spec)?;
+        let volumes = volumes_among(&path, bundle, &spec)?;
         let hooks = host_hooks(&path, &spec)?;
         let root =
             spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
@@ -87,6 +90,7 @@ impl Bundle {
             root,
             hostname: spec.hostname().clone().unwrap_or_default(),
             hooks,
+            volumes,
             oci_version: spec.version().clone(),
         })
     }
@@ -111,27 +115,29 @@ fn check_process(path: &Path, spec: &Spec) -> Result<(), BundleError> {
     Ok(())
 }
 
-fn check_mounts(path: &Path, spec: &Spec) -> Result<(), BundleError> {
+/// The host's directories and files among the mounts; the others' types are checked.
+fn volumes_among(path: &Path, bundle: &Path, spec: &Spec) -> Result<Vec<Volume>, BundleError> {
+    let mut volumes = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         let destination = mount.destination().display();
         let kind = mount.typ().as_deref().unwrap_or("");
-        let bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
-        if bind || kind == "bind" || kind == "rbind" {
-            return Err(BundleError::Unsupported {
+        let options = mount.options().as_deref().unwrap_or_default();
+        if volumes::is_bind(kind, options) {
+            let source = mount.source().as_deref().ok_or_else(|| BundleError::Invalid {
                 path: path.into(),
-                what: format!("the bind mount on {destination}"),
-                mend: "run the container without volumes",
-            });
-        }
-        if !MOUNT_TYPES.contains(&kind) {
+                what: format!("the bind mount on {destination} has no source"),
+                mend: "name a directory or file of the host".into(),
+            })?;
+            volumes.push(Volume::new(bundle.join(source), mount.destination(), options));
+        } else if !MOUNT_TYPES.contains(&kind) {
             return Err(BundleError::Invalid {
                 path: path.into(),
                 what: format!("mount on {destination}: unknown type {kind:?}"),
-                mend: format!("allowed are {}", MOUNT_TYPES.join(", ")).into(),
+                mend: format!("allowed are bind, {}", MOUNT_TYPES.join(", ")).into(),
             });
         }
     }
-    Ok(())
+    Ok(volumes)
 }
 
 /// What runs on the host is the shim's to run. `startContainer` is none of it: it runs inside the
@@ -187,7 +193,8 @@ fn limits(spec: &Spec) -> Limits {
 }
 
 /// Takes out what means something on the host only: the path of the network namespace
-/// (the holder has joined it) and the root's path (the disks replace it).
+/// (the holder has joined it), the root's path (the disks replace it) and the sources of bind
+/// mounts (the guest knows them by number).
 fn make_guests_own(spec: &mut Value) {
     let Some(object) = spec.as_object_mut() else { return };
     if let Some(hooks) = object.get_mut("hooks").and_then(Value::as_object_mut) {
@@ -195,6 +202,17 @@ fn make_guests_own(spec: &mut Value) {
     }
     if let Some(root) = object.get_mut("root").and_then(Value::as_object_mut) {
         root.insert("path".into(), "rootfs".into());
+    }
+    let mounts = object.get_mut("mounts").and_then(Value::as_array_mut);
+    let binds = mounts.into_iter().flatten().filter_map(Value::as_object_mut).filter(|mount| {
+        let kind = mount.get("type").and_then(Value::as_str).unwrap_or("");
+        let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        let options: Vec<_> = options.filter_map(Value::as_str).collect();
+        volumes::is_bind(kind, &options)
+    });
+    for (number, mount) in binds.enumerate() {
+        mount.insert("type".into(), "bind".into());
+        mount.insert("source".into(), volumes::guest_path(number).into());
     }
     let namespaces = object.get_mut("linux").and_then(|linux| linux.get_mut("namespaces"));
     for namespace in namespaces.and_then(Value::as_array_mut).into_iter().flatten() {
@@ -257,6 +275,32 @@ mod tests {
     }
 
     #[test]
+    fn bind_mounts_are_volumes_which_the_guest_knows_by_number() {
+        let mut spec = spec();
+        spec["mounts"] = json!([
+            { "destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"] },
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/b", "type": "none", "source": "data", "options": ["bind", "ro", "rw"] }
+        ]);
+        let bundle = parse(&spec).unwrap();
+        let [first, second] = &bundle.volumes[..] else { panic!("{:?}", bundle.volumes) };
+        assert_eq!(
+            (first.source.as_path(), first.read_only, first.recursive),
+            (Path::new("/host/a"), true, true)
+        );
+        assert_eq!((second.source.as_path(), second.read_only), (Path::new("/b/data"), false));
+        assert!(!second.recursive);
+        let guest: Value = serde_json::from_slice(&bundle.guest_spec).unwrap();
+        assert_eq!(guest["mounts"][0]["source"], "/run/spore/volumes/0");
+        assert_eq!(guest["mounts"][0]["options"], json!(["rbind", "ro"]));
+        assert_eq!(guest["mounts"][1], spec["mounts"][1]);
+        assert_eq!(
+            (&guest["mounts"][2]["type"], &guest["mounts"][2]["source"]),
+            (&json!("bind"), &json!("/run/spore/volumes/1"))
+        );
+    }
+
+    #[test]
     fn a_relative_root_is_the_bundles() {
         let mut spec = spec();
         spec["root"]["path"] = "rootfs".into();
@@ -275,9 +319,8 @@ mod tests {
             (edit(&|s| s["process"]["args"] = json!([])), "process.args is empty"),
             (edit(&|s| s["process"]["args"] = json!("sh")), "malformed"),
             (edit(&|s| s["mounts"][0]["type"] = "9p".into()), "unknown type \"9p\""),
-            (edit(&|s| s["mounts"][0]["type"] = "devtmpfs".into()), "allowed are proc, sysfs"),
-            (edit(&|s| s["mounts"][0]["type"] = "rbind".into()), "bind mount on /proc"),
-            (edit(&|s| s["mounts"][0]["options"] = json!(["rbind"])), "bind mount on /proc"),
+            (edit(&|s| s["mounts"][0]["type"] = "devtmpfs".into()), "allowed are bind, proc, sysfs"),
+            (edit(&|s| s["mounts"][0] = json!({ "destination": "/x", "type": "bind" })), "has no source"),
             (edit(&|s| s["linux"]["namespaces"] = json!([{ "type": "pid" }])), "host networking"),
             (edit(&|s| s["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()), "pid namespace"),
             (

@@ -46,6 +46,8 @@ pub(crate) struct Config {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
     pub(crate) vmm: PathBuf,
+    /// The server of volumes, started for a sandbox that has some.
+    pub(crate) file_server: PathBuf,
     /// vCPUs of a container without CPU limits.
     pub(crate) vcpus: u8,
     /// Memory of a container without a memory limit.
@@ -69,6 +71,7 @@ impl Default for Config {
             kernel: "/usr/local/lib/spore/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/initramfs".into(),
             vmm: "/usr/local/libexec/spore/spore-vmm".into(),
+            file_server: "/usr/local/libexec/spore/spore-fs".into(),
             vcpus: 1,
             memory_mib: 256,
             kernel_args: String::new(),

@@ -11,6 +11,7 @@ use crate::hooks::HookError;
 use crate::io::StdioError;
 use crate::rootfs::RootfsError;
 use crate::vm::VmError;
+use crate::volumes::VolumeError;
 
 /// What a Task call can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,8 @@ pub(crate) enum Error {
     Guest(#[from] GuestError),
     #[error(transparent)]
     Hook(#[from] HookError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
 }
 
 impl Error {
@@ -66,6 +69,11 @@ impl Error {
             Self::RunDir { .. } | Self::Holder(_) => Code::INTERNAL,
             // As with runc.
             Self::Hook(_) => Code::UNKNOWN,
+            Self::Volume(error) => match error {
+                VolumeError::Source { .. } => Code::UNKNOWN,
+                VolumeError::Kind { .. } => Code::INVALID_ARGUMENT,
+                VolumeError::Server { .. } | VolumeError::Refused { .. } => Code::INTERNAL,
+            },
             Self::Config(_) => Code::INVALID_ARGUMENT,
             Self::Bundle(error) => match error {
                 BundleError::Unsupported { .. } => Code::UNIMPLEMENTED,

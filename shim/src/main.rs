@@ -27,6 +27,7 @@ mod stats;
 mod task;
 mod timeline;
 mod vm;
+mod volumes;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -27,6 +27,8 @@ const CREATE_ATTEMPTS: u32 = 1000;
 pub(crate) struct Record {
     pub(crate) shim: Option<ProcessId>,
     pub(crate) vmm: Option<ProcessId>,
+    #[serde(default)]
+    pub(crate) file_server: Option<ProcessId>,
     pub(crate) holder: Option<ProcessId>,
     /// The shim is on its way out: who reclaims waits for it a little.
     #[serde(default)]
@@ -210,7 +212,8 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
         problems.push(format!("shim process {}: wait for its end: {error}", shim.pid));
     }
     // The shim first: a living one would report the end of its VM as an accident.
-    for (name, process) in [("shim", record.shim), ("VMM", record.vmm), ("holder", record.holder)] {
+    let others = [("VMM", record.vmm), ("file server", record.file_server), ("holder", record.holder)];
+    for (name, process) in [("shim", record.shim)].into_iter().chain(others) {
         let Some(process) = process.filter(|process| Some(*process) != this) else { continue };
         if let Err(error) = process.kill(KILL_DEADLINE) {
             problems.push(format!("{name} process {}: kill: {error}", process.pid));

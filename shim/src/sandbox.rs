@@ -7,6 +7,8 @@
 mod end;
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,9 +33,13 @@ use crate::rootfs;
 use crate::rundir::RunDir;
 use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
+use crate::volumes::FileServer;
 
 /// Runtime options that Spore's callers send; nothing in them changes what a VM does yet.
 const KNOWN_OPTIONS: [&str; 2] = ["containerd.runc.v1.Options", "runtimeoptions.v1.Options"];
+
+/// Where the file server of volumes writes its messages, in the run-time directory.
+const FILE_SERVER_LOG: &str = "fs.log";
 
 enum Slot {
     Creating,
@@ -254,7 +260,11 @@ impl Sandbox {
         let disks = async {
             let disks = rootfs::prepare(&wanted, source, log).await?;
             self.mark("rootfs_ready_ns");
+            let volumes = self.serve_volumes(&bundle, &dir).await?;
             booting.notified().await;
+            if let Some((server, sockets)) = volumes {
+                vm.attach_volumes(server, sockets).await?;
+            }
             let mut rootfs = GuestRootfs::default();
             for file in &disks.lower {
                 rootfs.lower.push(vm.attach_disk(file, true).await?);
@@ -289,6 +299,28 @@ impl Sandbox {
         let this = Arc::clone(self);
         tokio::spawn(Arc::clone(&container).watch(move || this.mark("exit_seen_ns")));
         Ok(container)
+    }
+
+    /// Starts the server of the bundle's volumes, if it has some.
+    async fn serve_volumes(
+        &self,
+        bundle: &Bundle,
+        dir: &RunDir,
+    ) -> Result<Option<(FileServer, Vec<UnixStream>)>, Error> {
+        if bundle.volumes.is_empty() {
+            return Ok(None);
+        }
+        let dir_error = |source| Error::RunDir { path: dir.path().into(), source };
+        let log = File::create(dir.file(FILE_SERVER_LOG)).map_err(dir_error)?;
+        let (program, volumes) = (self.context.config.file_server.clone(), bundle.volumes.clone());
+        let start = move || FileServer::start(&program, log, &volumes);
+        let started = tokio::task::spawn_blocking(start)
+            .await
+            .map_err(|_| Error::Abandoned(self.context.id.clone()))?;
+        let (server, sockets) = started?;
+        let id = server.id();
+        dir.record(|record| record.file_server = Some(id)).map_err(dir_error)?;
+        Ok(Some((server, sockets)))
     }
 
     pub(crate) async fn start(&self, id: &str) -> Result<u32, Error> {

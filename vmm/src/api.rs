@@ -32,6 +32,11 @@ pub const MAX_MEMORY_MIB: u64 = 1024 * 1024;
 /// Most disk slots of one kind.
 pub const MAX_DISK_SLOTS: u8 = 12;
 
+/// Most bytes of a file system's tag.
+pub const MAX_TAG: usize = 36;
+/// Most sockets of a file server, each for one request at a time.
+pub const MAX_SERVER_SOCKETS: usize = 16;
+
 /// Position of a descriptor among those attached to the same packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -56,6 +61,11 @@ pub enum Call {
     Boot,
     /// Put a disk into a free slot of the right kind, before or after `Boot`.
     AttachDisk(DiskConfig),
+    /// Give the file system device its server, once, before or after `Boot`: connected Unix stream
+    /// sockets, 1 ..= [`MAX_SERVER_SOCKETS`]. Each carries FUSE requests one at a time, as the
+    /// guest wrote them but with the true length in the header; each request is answered by one
+    /// FUSE reply, also those that FUSE leaves unanswered.
+    AttachFilesystem { sockets: Vec<FdIndex> },
     /// Bring the VM to a quiescent point: vCPUs out of KVM_RUN, no request in flight. Until
     /// `Resume` no device does any work: requests, bytes for the guest and clients wait.
     Pause,
@@ -94,6 +104,10 @@ pub struct VmConfig {
     /// Slots that disks can be attached to, now or while the guest runs.
     #[serde(default)]
     pub disk_slots: DiskSlots,
+    /// The tag of a file system device, 1 ..= [`MAX_TAG`] bytes of printable ASCII. None: there
+    /// is no such device.
+    #[serde(default)]
+    pub filesystem: Option<String>,
     /// Disks attached from the start, each taking the next free slot of its kind.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -260,6 +274,8 @@ pub struct Metrics {
     pub exits: Exits,
     pub blk: Vec<BlkMetrics>,
     pub vsock: VsockMetrics,
+    #[serde(default)]
+    pub filesystem: FsMetrics,
     pub console_bytes: u64,
     /// Bytes of console output that were dropped: beyond the cap, or because what they go to took
     /// nothing for too long.
@@ -302,4 +318,14 @@ pub struct VsockMetrics {
     pub resets: u64,
     pub rx_bytes: u64,
     pub tx_bytes: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsMetrics {
+    pub requests: u64,
+    /// Bytes of requests to the server, and of its answers.
+    pub sent_bytes: u64,
+    pub received_bytes: u64,
+    /// Requests that the server did not answer.
+    pub errors: u64,
 }

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
@@ -13,8 +13,8 @@ use nix::sys::socket::{
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::api::{
-    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
-    PROTOCOL_VERSION, VmConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_SERVER_SOCKETS,
+    MAX_TAG, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION, VmConfig, VsockConfig,
 };
 use crate::arch;
 use crate::control::{FdError, FdTable};
@@ -33,8 +33,8 @@ pub enum ConfigError {
     Protocol { found: u32 },
     #[error("{what}: {found}; allowed is {min} to {max}")]
     Range { what: &'static str, found: u64, min: u64, max: u64 },
-    #[error("cmdline: byte {byte:#04x} at {at}; printable ASCII is allowed")]
-    CmdlineByte { byte: u8, at: usize },
+    #[error("{what}: byte {byte:#04x} at {at}; printable ASCII is allowed")]
+    Byte { what: &'static str, byte: u8, at: usize },
     #[error("disks: {found} {kind} ones; there are {max} slots of that kind")]
     Disks { kind: &'static str, found: usize, max: usize },
     #[error("vsock.host_ports: port {port} is listed twice")]
@@ -63,6 +63,7 @@ pub struct MachineConfig {
     pub console: Option<Console>,
     pub vsock: Option<Vsock>,
     pub disk_slots: DiskSlots,
+    pub filesystem: Option<String>,
     pub disks: Vec<Disk>,
 }
 
@@ -106,14 +107,15 @@ impl MachineConfig {
         in_range("vcpus", config.vcpus.into(), 1, MAX_VCPUS.into())?;
         in_range("memory_mib", config.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         in_range("cmdline length", config.cmdline.len() as u64, 0, arch::MAX_CMDLINE as u64)?;
-        let odd = |byte: &u8| !(b' '..=b'~').contains(byte);
-        if let Some((at, &byte)) = config.cmdline.as_bytes().iter().enumerate().find(|(_, byte)| odd(byte)) {
-            return Err(ConfigError::CmdlineByte { byte, at });
-        }
+        printable(&config.cmdline, "cmdline")?;
         let slots = config.disk_slots;
         in_range("disk_slots.read_only", slots.read_only.into(), 0, MAX_DISK_SLOTS.into())?;
         in_range("disk_slots.writable", slots.writable.into(), 0, MAX_DISK_SLOTS.into())?;
         count_disks(&config.disks, slots)?;
+        if let Some(tag) = &config.filesystem {
+            in_range("filesystem length", tag.len() as u64, 1, MAX_TAG as u64)?;
+            printable(tag, "filesystem")?;
+        }
         let machine = Self {
             vcpus: config.vcpus,
             memory_bytes: config.memory_mib << 20,
@@ -124,6 +126,7 @@ impl MachineConfig {
             console: config.console.map(|console| take_console(&mut fds, &console)).transpose()?,
             vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
             disk_slots: slots,
+            filesystem: config.filesystem,
             disks: config
                 .disks
                 .iter()
@@ -134,6 +137,49 @@ impl MachineConfig {
         fds.finish()?;
         Ok(machine)
     }
+}
+
+fn printable(text: &str, what: &'static str) -> Result<(), ConfigError> {
+    let odd = |byte: &u8| !(b' '..=b'~').contains(byte);
+    match text.as_bytes().iter().enumerate().find(|(_, byte)| odd(byte)) {
+        Some((at, &byte)) => Err(ConfigError::Byte { what, byte, at }),
+        None => Ok(()),
+    }
+}
+
+/// Checks the sockets of an `AttachFilesystem`.
+pub fn server_sockets(sockets: &[FdIndex], mut fds: FdTable) -> Result<Vec<UnixStream>, ConfigError> {
+    in_range("sockets count", sockets.len() as u64, 1, MAX_SERVER_SOCKETS as u64)?;
+    let take = |(at, index): (usize, &FdIndex)| {
+        let what = format!("sockets[{at}]");
+        let fd = fds.take(*index, &what)?;
+        let (kind, listening) = unix_socket(fd.as_fd(), &what, "a connected Unix stream socket")?;
+        if kind != SockType::Stream || listening {
+            let found = format!("a Unix socket of type {kind:?}, listening: {listening}");
+            return Err(ConfigError::Kind { what, found, needed: "a connected Unix stream socket" });
+        }
+        Ok(UnixStream::from(fd))
+    };
+    let taken = sockets.iter().enumerate().map(take).collect::<Result<_, _>>()?;
+    fds.finish()?;
+    Ok(taken)
+}
+
+/// The type of a Unix socket, and whether it listens.
+fn unix_socket(
+    fd: BorrowedFd<'_>,
+    what: &str,
+    needed: &'static str,
+) -> Result<(SockType, bool), ConfigError> {
+    check_kind(fd, what, &[SFlag::S_IFSOCK], needed)?;
+    let examine = |source| ConfigError::Examine { what: what.to_owned(), source };
+    let family = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(examine)?.family();
+    if family != Some(AddressFamily::Unix) {
+        let found = format!("a {family:?} socket");
+        return Err(ConfigError::Kind { what: what.to_owned(), found, needed });
+    }
+    let kind = getsockopt(&fd, sockopt::SockType).map_err(examine)?;
+    Ok((kind, getsockopt(&fd, sockopt::AcceptConn).map_err(examine)?))
 }
 
 /// Checks the disk of an `AttachDisk`.
@@ -204,13 +250,9 @@ fn take_vsock(fds: &mut FdTable, vsock: VsockConfig) -> Result<Vsock, ConfigErro
     let what = "vsock.listener";
     let fd = fds.take(vsock.listener, what)?;
     let needed = "a listening Unix stream socket";
-    check_kind(fd.as_fd(), what, &[SFlag::S_IFSOCK], needed)?;
-    let examine = |source| ConfigError::Examine { what: what.to_owned(), source };
-    let family = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(examine)?.family();
-    let kind = getsockopt(&fd, sockopt::SockType).map_err(examine)?;
-    let listening = getsockopt(&fd, sockopt::AcceptConn).map_err(examine)?;
-    if family != Some(AddressFamily::Unix) || kind != SockType::Stream || !listening {
-        let found = format!("a {family:?} socket of type {kind:?}, listening: {listening}");
+    let (kind, listening) = unix_socket(fd.as_fd(), what, needed)?;
+    if kind != SockType::Stream || !listening {
+        let found = format!("a Unix socket of type {kind:?}, listening: {listening}");
         return Err(ConfigError::Kind { what: what.to_owned(), found, needed });
     }
     let VsockConfig { guest_cid, host_ports, .. } = vsock;

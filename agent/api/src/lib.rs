@@ -29,6 +29,11 @@ pub const STDIO_PORT: u32 = 1025;
 pub const READY_PORT: u32 = 1024;
 /// Largest OCI spec in bytes.
 pub const MAX_SPEC: usize = 4 * 1024 * 1024;
+/// Tag of the virtio-fs device that shows the host's directories and files.
+pub const VOLUMES_TAG: &str = "spore-volumes";
+/// Where the guest mounts it. In a spec that the shim sends, a bind mount's source is a decimal
+/// number below this directory: the export's.
+pub const VOLUMES_DIR: &str = "/run/spore/volumes";
 /// File systems that a container may mount; each is the guest kernel's own. No devtmpfs: it
 /// would show the guest's own disks, and a container's `/dev` is a tmpfs.
 pub const MOUNT_TYPES: [&str; 8] =

@@ -1,8 +1,8 @@
 //! Kernel modules, for kernels that have what a guest needs as modules.
 //!
-//! `/etc/spore/modules` lists one decompressed `.ko` per line in load order, with optional
+//! A list has one decompressed `.ko` per line in load order, with optional
 //! parameters behind it; `#` begins a comment. Without the file the kernel is taken to be
-//! monolithic. There is no modprobe in a guest: nothing loads on demand.
+//! monolithic. There is no modprobe in a guest: nothing loads unless the agent does it.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -13,8 +13,9 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 
 use crate::say;
 
-/// Where the list stands in the initramfs.
-pub const LIST: &str = "/etc/spore/modules";
+/// Lists in the initramfs: what every guest needs, and what one with volumes needs besides.
+pub const BOOT: &str = "/etc/spore/modules";
+pub const VOLUMES: &str = "/etc/spore/modules.volumes";
 
 /// One line of the list.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,14 +41,14 @@ pub fn parse(list: &str) -> Result<Vec<Module>, String> {
     Ok(modules)
 }
 
-/// Loads what [`LIST`] names. A module that cannot be loaded is reported and left out: what
+/// Loads what a list names. A module that cannot be loaded is reported and left out: what
 /// needs it fails later with its own error, and a guest that lacks only overlayfs can
 /// still say so to the shim.
-pub fn load_listed() {
-    let list = match std::fs::read_to_string(LIST) {
+pub fn load_listed(path: &str) {
+    let list = match std::fs::read_to_string(path) {
         Ok(list) => list,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
-        Err(error) => return say!("{LIST}: {error}"),
+        Err(error) => return say!("{path}: {error}"),
     };
     match parse(&list) {
         Ok(modules) => {
@@ -57,7 +58,7 @@ pub fn load_listed() {
                 }
             }
         }
-        Err(error) => say!("{LIST}: {error}; no module is loaded"),
+        Err(error) => say!("{path}: {error}; no module is loaded"),
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! * [`spec`]: what of the OCI spec the guest accepts, and how it is rewritten.
 //! * [`disks`], [`rootfs`]: block devices by serial, joined by overlayfs.
+//! * [`volumes`]: the host's directories and files.
 //! * [`cgroup`]: everything that belongs to a container, by its cgroup.
 //! * [`devices`]: which device nodes it may use.
 //! * [`process`]: one process, [`exec`]: further ones, [`life`]: the container around them.
@@ -24,6 +25,7 @@ pub mod registry;
 pub mod rootfs;
 pub mod spec;
 pub mod update;
+pub mod volumes;
 
 /// Runs blocking work on a worker thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -20,6 +20,7 @@ use super::exec::Exec;
 use super::life::Container;
 use super::process::{Process, Snapshot, Status};
 use super::rootfs::Rootfs;
+use super::volumes::Volumes;
 use super::{blocking, remove_dir, spec};
 use crate::error::{AgentError, Result};
 use crate::reaper::{Exit, Reaper};
@@ -75,6 +76,7 @@ struct Map {
 pub struct Registry {
     reaper: Arc<Reaper>,
     disks: Arc<Disks>,
+    volumes: Arc<Volumes>,
     pub streams: Arc<Streams>,
     map: Mutex<Map>,
 }
@@ -92,7 +94,13 @@ fn check_id(id: &str) -> Result<()> {
 
 impl Registry {
     pub fn new(reaper: Arc<Reaper>) -> Arc<Self> {
-        Arc::new(Self { reaper, disks: Arc::default(), streams: Arc::default(), map: Mutex::default() })
+        Arc::new(Self {
+            reaper,
+            disks: Arc::default(),
+            volumes: Arc::default(),
+            streams: Arc::default(),
+            map: Mutex::default(),
+        })
     }
 
     fn map(&self) -> MutexGuard<'_, Map> {
@@ -159,7 +167,8 @@ impl Registry {
             )));
         }
 
-        let disks = Arc::clone(&self.disks);
+        let (disks, volumes) = (Arc::clone(&self.disks), Arc::clone(&self.volumes));
+        let has_volumes = prepared.has_volumes;
         let bundle_dir = bundle.clone();
         let cleanup = RemoveDir(bundle.clone());
         let (mut spec, cwd) = (prepared.spec, prepared.cwd.clone());
@@ -167,6 +176,9 @@ impl Registry {
         let mut rootfs = blocking(move || {
             let rootfs = Rootfs::mount(&disks, &lower, &writable, &root)?;
             rootfs.create_cwd(&cwd)?;
+            if has_volumes {
+                volumes.mount()?;
+            }
             if let Some(process) = spec.process_mut() {
                 spec::add_home(process, || rootfs.passwd());
             }
@@ -381,8 +393,9 @@ impl Registry {
                 say!("shutdown: {error}");
             }
         }
-        let disks = Arc::clone(&self.disks);
+        let (disks, volumes) = (Arc::clone(&self.disks), Arc::clone(&self.volumes));
         let unmounted = blocking(move || {
+            volumes.unmount();
             disks.release_all();
             nix::unistd::sync();
             Ok(())

@@ -1,7 +1,7 @@
 //! From the OCI spec that the shim sends to the one that libcontainer runs in the guest.
 //!
 //! The guest is a machine of its own: what names things of the host (namespace paths, bind
-//! sources, host hooks) is refused with a message, what merely describes the host's policy
+//! sources other than the exports of its volumes, host hooks) is refused with a message, what merely describes the host's policy
 //! (AppArmor, SELinux, Intel RDT) is dropped, because the guest has none of it.
 
 use std::path::{Component, Path, PathBuf};
@@ -10,6 +10,7 @@ use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, RootBuilder, Spec};
 use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
+use super::volumes;
 use crate::error::{AgentError, Result};
 
 /// A spec ready for libcontainer, and what the agent itself needs of it.
@@ -29,6 +30,8 @@ pub struct Prepared {
     pub uid: u32,
     pub cwd: PathBuf,
     pub devices: Vec<Rule>,
+    /// Some of its mounts are the host's directories or files.
+    pub has_volumes: bool,
 }
 
 fn invalid(message: impl Into<String>) -> AgentError {
@@ -59,7 +62,7 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     spec.set_root(Some(root.map_err(|error| AgentError::internal("config.json: root", error))?));
     let hooks = guest_hooks(spec.hooks().as_ref())?;
     spec.set_hooks(hooks);
-    check_mounts(&mut spec)?;
+    let has_volumes = check_mounts(&mut spec)?;
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json: has no linux section"))?;
     linux.set_mount_label(None);
@@ -97,6 +100,7 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
         uid,
         cwd,
         devices,
+        has_volumes,
     })
 }
 
@@ -144,18 +148,25 @@ fn guest_hooks(hooks: Option<&Hooks>) -> Result<Option<Hooks>> {
     }))
 }
 
-fn check_mounts(spec: &mut Spec) -> Result<()> {
-    let Some(mounts) = spec.mounts_mut() else { return Ok(()) };
+/// Whether there is a volume among the mounts.
+fn check_mounts(spec: &mut Spec) -> Result<bool> {
+    let Some(mounts) = spec.mounts_mut() else { return Ok(false) };
+    let mut has_volumes = false;
     for mount in mounts {
         let target = mount.destination().display().to_string();
         let options = mount.options().clone().unwrap_or_default();
         let kind = mount.typ().clone().unwrap_or_default();
         let bind = options.iter().any(|option| option == "bind" || option == "rbind");
         if bind || kind == "bind" || kind == "rbind" {
-            let source = mount.source().as_deref().unwrap_or(Path::new("")).display();
+            let source = mount.source().as_deref().unwrap_or(Path::new(""));
+            if volumes::is_volume(source) {
+                has_volumes = true;
+                continue;
+            }
             return Err(invalid(format!(
-                "config.json: mount of \"{source}\" at \"{target}\": bind mounts of host paths are not \
-                 supported by this version of Spore; remove the mount"
+                "config.json: mount of \"{}\" at \"{target}\": a guest has none of the host's paths; the shim \
+                 has to export it",
+                source.display()
             )));
         }
         if !MOUNT_TYPES.contains(&kind.as_str()) {
@@ -168,7 +179,7 @@ fn check_mounts(spec: &mut Spec) -> Result<()> {
             mount.set_source(Some(kind.into()));
         }
     }
-    Ok(())
+    Ok(has_volumes)
 }
 
 /// The cgroup below the hierarchy's root: the spec's path as it stands (`slice:prefix:name`

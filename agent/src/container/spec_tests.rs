@@ -56,12 +56,16 @@ fn a_missing_cgroup_path_becomes_one_per_container() {
 }
 
 #[test]
-fn bind_mounts_and_unknown_types_are_refused_by_name() {
+fn volumes_are_let_in_and_other_bind_mounts_and_unknown_types_refused_by_name() {
     let mut config = config();
+    assert!(!run(&config).unwrap().has_volumes);
+    config["mounts"][1] = json!({ "destination": "/data", "type": "bind", "source": "/run/spore/volumes/3",
+                                  "options": ["rbind", "ro"] });
+    assert!(run(&config).unwrap().has_volumes);
     config["mounts"][1] =
         json!({ "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind"] });
     let message = refusal(&config);
-    assert!(message.contains("\"/srv\" at \"/data\": bind mounts"), "{message}");
+    assert!(message.contains("\"/srv\" at \"/data\": a guest has none"), "{message}");
     config["mounts"][1] = json!({ "destination": "/data", "type": "zfs", "source": "tank" });
     let message = refusal(&config);
     assert!(message.contains("mount at \"/data\": unknown type \"zfs\"; allowed are proc"), "{message}");

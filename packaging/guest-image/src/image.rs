@@ -1,5 +1,6 @@
 //! Puts the initramfs together and writes the output files.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -12,7 +13,8 @@ use crate::sha256;
 use crate::source::{Kernel, MAX_FILE, read};
 use crate::tools::{self, Filter};
 
-/// Where the agent reads the modules' paths, in load order.
+/// Where the agent reads the modules' paths, in load order; those of a group in a file with the
+/// group's name behind a dot.
 const MODULES_FILE: &str = "/etc/spore/modules";
 
 /// An initramfs and what the manifest says of it.
@@ -48,7 +50,7 @@ pub(crate) fn build(
     archive.char_device("/dev/console", 0o600, 5, 1)?;
     archive.char_device("/dev/null", 0o666, 1, 3)?;
 
-    let mut listing = String::new();
+    let mut listings = BTreeMap::from([(MODULES_FILE.to_owned(), String::new())]);
     let mut described = Vec::new();
     let mut closure = Closure::default();
     if let Some(tree) = &kernel.modules {
@@ -57,16 +59,21 @@ pub(crate) fn build(
             let data = unpacked_module(&tree.dir().join(&module.path), module)?;
             let packed = module.path.rsplit_once(".ko").map_or(module.path.as_str(), |(stem, _)| stem);
             let path = format!("/lib/modules/{}/{packed}.ko", kernel.release);
+            let list =
+                module.group.iter().fold(MODULES_FILE.to_owned(), |list, group| format!("{list}.{group}"));
+            let listing = listings.entry(list).or_default();
             listing.push_str(&path);
             listing.push('\n');
             described.push(json!({
-                "name": module.name, "path": path, "reason": module.reason,
+                "name": module.name, "group": module.group, "path": path, "reason": module.reason,
                 "bytes": data.len(), "sha256": sha256(&data),
             }));
             archive.file(&path, 0o644, data)?;
         }
     }
-    archive.file(MODULES_FILE, 0o644, listing.into_bytes())?;
+    for (list, listing) in listings {
+        archive.file(&list, 0o644, listing.into_bytes())?;
+    }
     Ok(Initramfs { data: archive.finish()?, modules: described, closure, agent })
 }
 

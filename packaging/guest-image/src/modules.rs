@@ -13,6 +13,8 @@ use crate::error::{Error, IoContext, Result};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) name: String,
+    /// Loaded when this is needed; as the guest boots if there is none.
+    pub(crate) group: Option<String>,
     pub(crate) reason: String,
 }
 
@@ -22,6 +24,7 @@ pub(crate) struct Chosen {
     pub(crate) name: String,
     /// Relative to the modules directory, as packaged: `kernel/fs/erofs/erofs.ko.xz`.
     pub(crate) path: String,
+    pub(crate) group: Option<String>,
     pub(crate) reason: String,
 }
 
@@ -62,14 +65,16 @@ pub(crate) struct Tree {
     built_in_aliases: BTreeSet<String>,
 }
 
+const SYNTAX: &str = "NAME [@GROUP] # REASON";
+
 /// A module's name from its path or spelling: `virtio-rng.ko.xz` is `virtio_rng`.
 fn normalised(name: &str) -> String {
     let file = name.rsplit('/').next().unwrap_or(name);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-/// Parses the list file: a module's name, then `#` and the reason; other lines that begin
-/// with `#` are comments.
+/// Parses the list file: a module's name, perhaps `@` and a group, then `#` and the reason; other
+/// lines that begin with `#` are comments.
 pub(crate) fn parse_list(text: &str, path: &Path) -> Result<Vec<Wanted>> {
     let mut wanted: Vec<Wanted> = Vec::new();
     for (index, line) in text.lines().enumerate() {
@@ -81,17 +86,27 @@ pub(crate) fn parse_list(text: &str, path: &Path) -> Result<Vec<Wanted>> {
             Err(Error::Syntax { path: path.to_owned(), line: index + 1, found: line.to_owned(), expected })
         };
         let Some((name, reason)) = line.split_once('#') else {
-            return syntax("NAME # REASON");
+            return syntax(SYNTAX);
         };
-        let (name, reason) = (name.trim(), reason.trim());
-        if name.is_empty() || reason.is_empty() || name.contains(|c: char| c.is_whitespace() || c == '/') {
-            return syntax("NAME # REASON");
+        let (name, group) = match name.split_once('@') {
+            Some((name, group)) => (name.trim(), Some(group.trim())),
+            None => (name.trim(), None),
+        };
+        let reason = reason.trim();
+        let bad_group =
+            |group: &str| group.is_empty() || !group.bytes().all(|byte| byte.is_ascii_lowercase());
+        if name.is_empty()
+            || reason.is_empty()
+            || name.contains(|c: char| c.is_whitespace() || c == '/')
+            || group.is_some_and(bad_group)
+        {
+            return syntax(SYNTAX);
         }
         let name = normalised(name);
         if wanted.iter().any(|other| other.name == name) {
             return syntax("each module once");
         }
-        wanted.push(Wanted { name, reason: reason.to_owned() });
+        wanted.push(Wanted { name, group: group.map(str::to_owned), reason: reason.to_owned() });
     }
     Ok(wanted)
 }
@@ -175,9 +190,17 @@ impl Tree {
 
     /// `wanted` and everything that they need, each after what it needs.
     pub(crate) fn closure(&self, wanted: &[Wanted]) -> Result<Closure> {
-        let mut visit =
-            Visit { tree: self, done: BTreeSet::new(), stack: Vec::new(), closure: Closure::default() };
-        for want in wanted {
+        let mut visit = Visit {
+            tree: self,
+            done: BTreeSet::new(),
+            stack: Vec::new(),
+            group: None,
+            closure: Closure::default(),
+        };
+        // What boots first: a group finds loaded what both need.
+        let (boot, later): (Vec<_>, Vec<_>) = wanted.iter().partition(|want| want.group.is_none());
+        for want in boot.into_iter().chain(later) {
+            visit.group.clone_from(&want.group);
             if self.modules.contains_key(&want.name) {
                 visit.module(&want.name, &want.reason)?;
             } else if self.built_in.contains(&want.name) {
@@ -225,6 +248,7 @@ struct Visit<'a> {
     tree: &'a Tree,
     done: BTreeSet<String>,
     stack: Vec<String>,
+    group: Option<String>,
     closure: Closure,
 }
 
@@ -253,6 +277,7 @@ impl Visit<'_> {
         self.closure.modules.push(Chosen {
             name: name.to_owned(),
             path: module.path.clone(),
+            group: self.group.clone(),
             reason: reason.to_owned(),
         });
         for other in soft.iter().flat_map(|soft| &soft.post) {

@@ -109,10 +109,39 @@ fn paths_that_leave_the_directory_are_refused() {
 #[test]
 fn the_list_wants_a_reason_for_every_module() {
     let list = parse_list("# head\n\nvirtio-rng  # entropy\n", Path::new("modules")).unwrap();
-    assert_eq!(list, [Wanted { name: "virtio_rng".to_owned(), reason: "entropy".to_owned() }]);
-    for text in ["erofs\n", "erofs #\n", "# ok\na # x\na # y\n", "fs/erofs # path\n", "a b # two\n"] {
+    let entropy = |group: Option<&str>| Wanted {
+        name: "virtio_rng".to_owned(),
+        group: group.map(str::to_owned),
+        reason: "entropy".to_owned(),
+    };
+    assert_eq!(list, [entropy(None)]);
+    let list = parse_list("virtio-rng @later # entropy\n", Path::new("modules")).unwrap();
+    assert_eq!(list, [entropy(Some("later"))]);
+    for text in [
+        "a @ # x\n",
+        "a @B # x\n",
+        "a @b/c # x\n",
+        "erofs\n",
+        "erofs #\n",
+        "# ok\na # x\na # y\n",
+        "fs/erofs # path\n",
+        "a b # two\n",
+    ] {
         assert!(matches!(parse_list(text, Path::new("modules")), Err(Error::Syntax { .. })), "{text:?}");
     }
+}
+
+#[test]
+fn a_group_lacks_what_is_loaded_at_boot_already() {
+    let list = parse_list(
+        "erofs @later # one\nvsock # two\nvmw_vsock_virtio_transport @later # three\n",
+        Path::new("modules"),
+    );
+    let closure = tree().closure(&list.unwrap()).unwrap();
+    let group_of =
+        |name: &str| closure.modules.iter().find(|module| module.name == name).unwrap().group.as_deref();
+    assert_eq!((group_of("vsock"), group_of("erofs")), (None, Some("later")));
+    assert_eq!(group_of("vmw_vsock_virtio_transport"), Some("later"));
 }
 
 #[test]

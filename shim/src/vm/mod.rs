@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -35,6 +35,7 @@ use crate::config::{Config, Machine};
 use crate::process::{self, ProcessId};
 use crate::rootfs::MOST_LAYER_DISKS;
 use crate::rundir::RunDir;
+use crate::volumes::FileServer;
 
 /// Name of the vsock socket and of the logs in the run-time directory.
 pub(crate) const VSOCK: &str = "vsock.sock";
@@ -114,13 +115,14 @@ impl HostFiles {
     }
 }
 
-/// One VMM process and its VM.
+/// One VMM process and its VM, and the server of its volumes.
 pub(crate) struct Vm {
     control: Control,
     dir: Arc<RunDir>,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     id: ProcessId,
     machine: Machine,
+    file_server: Mutex<Option<FileServer>>,
     ready: watch::Receiver<bool>,
     end: watch::Receiver<Option<End>>,
     log: Logger,
@@ -165,7 +167,8 @@ impl Vm {
         let (event_sender, events) = mpsc::unbounded_channel();
         let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
         let (ready, end) = end::watch_over(child, Arc::clone(&pidfd), events, log.clone());
-        Ok(Self { control, dir, pidfd, id, machine: machine.clone(), ready, end, log })
+        let (machine, file_server) = (machine.clone(), Mutex::default());
+        Ok(Self { control, dir, pidfd, id, machine, file_server, ready, end, log })
     }
 
     pub(crate) fn id(&self) -> ProcessId {
@@ -224,10 +227,23 @@ impl Vm {
                 host_ports: vec![READY_PORT],
             }),
             disk_slots: DISK_SLOTS,
+            filesystem: Some(spore_agent_api::VOLUMES_TAG.into()),
             disks: Vec::new(),
         };
         self.call("configure", Call::Configure(configuration), &fds).await?;
         self.call("boot", Call::Boot, &[]).await.map(drop)
+    }
+
+    /// Gives the guest what `server` serves on these sockets; the server ends with the VM.
+    pub(crate) async fn attach_volumes(
+        &self,
+        server: FileServer,
+        sockets: Vec<std::os::unix::net::UnixStream>,
+    ) -> Result<(), VmError> {
+        let fds: Vec<_> = sockets.iter().map(AsRawFd::as_raw_fd).collect();
+        let indices = (0u32..).take(fds.len()).map(FdIndex).collect();
+        *self.file_server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        self.call("attach volumes", Call::AttachFilesystem { sockets: indices }, &fds).await.map(drop)
     }
 
     /// Puts a disk into a free slot and returns the serial by which the guest knows it.

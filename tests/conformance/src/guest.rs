@@ -1,11 +1,12 @@
 //! A container that waits, for cases that look into it: made once for each subject, shared by
 //! those that only read, or owned by one that changes it.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use spore_harness::bed::Subject;
 use spore_harness::call::{Call, Output};
 use spore_harness::image::BUSYBOX;
@@ -25,10 +26,11 @@ pub(crate) struct Guest {
     pub(crate) id: String,
 }
 
-type Shared = Arc<OnceLock<Result<Guest, String>>>;
+/// What cases share: a container, and what it needs of the host.
+type Shared = Arc<OnceLock<Result<Box<dyn Any + Send + Sync>, String>>>;
 
-/// By series and runtime.
-static SHARED: Mutex<BTreeMap<(String, &'static str), Shared>> = Mutex::new(BTreeMap::new());
+/// By kind, series and runtime.
+static SHARED: Mutex<BTreeMap<(&'static str, String, &'static str), Shared>> = Mutex::new(BTreeMap::new());
 
 /// Ends the shared containers.
 pub(crate) fn end_all() {
@@ -37,10 +39,24 @@ pub(crate) fn end_all() {
 
 /// Does something with the container that cases share.
 pub(crate) fn shared<T>(subject: &Subject, act: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
-    let key = (subject.series.clone(), subject.runtime.name());
+    shared_by(subject, "plain", |subject| Guest::start(subject, &[]), act)
+}
+
+/// Does something with what cases of a kind share, which is made by the first of them.
+pub(crate) fn shared_by<S: Any + Send + Sync, T>(
+    subject: &Subject,
+    kind: &'static str,
+    start: impl FnOnce(&Subject) -> Result<S>,
+    act: impl FnOnce(&S) -> Result<T>,
+) -> Result<T> {
+    let key = (kind, subject.series.clone(), subject.runtime.name());
     let shared = Arc::clone(SHARED.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default());
-    match shared.get_or_init(|| Guest::start(subject, &[]).map_err(|error| format!("{error:#}"))) {
-        Ok(guest) => act(guest),
+    let started = shared.get_or_init(|| match start(subject) {
+        Ok(made) => Ok(Box::new(made)),
+        Err(error) => Err(format!("{error:#}")),
+    });
+    match started {
+        Ok(made) => act(made.downcast_ref().context("what cases of a kind share has one type")?),
         Err(error) => Err(anyhow!("the container that cases share: {error}")),
     }
 }

@@ -10,6 +10,7 @@
 mod api;
 mod cases;
 mod guest;
+mod probe;
 mod table;
 
 use std::process::ExitCode;
@@ -22,7 +23,7 @@ use spore_harness::bed::{Bed, Subject};
 use spore_harness::containerd::{Runtime, series};
 use spore_harness::shard;
 
-use cases::Case;
+use cases::{Case, Difference};
 use table::{Table, Verdict};
 
 /// Cases at a time: what waits for one leaves the CPU to the other.
@@ -30,6 +31,16 @@ const THREADS: usize = 2;
 const SERIES: [&str; 2] = ["1.7", "2."];
 
 fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    if let Some((probe::VERB, rest)) = words.split_first().map(|(verb, rest)| (verb.as_str(), rest)) {
+        return match probe::main(rest) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("probe: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
     match plan() {
@@ -84,7 +95,7 @@ fn trial(case: Case, [runc, spore]: [Subject; 2], table: Arc<Table>) -> Trial {
             let result = subject.perform(case.alone, case.run);
             let verdict = match (&result, case.differs) {
                 (Ok(()), _) => Verdict::Same,
-                (Err(_), Some(reason)) if subject.runtime == Runtime::Spore => Verdict::Differs(reason),
+                (Err(error), Some(reason)) if error.is::<Difference>() => Verdict::Differs(reason),
                 (Err(_), _) => Verdict::Failed,
             };
             let seconds = begin.elapsed().as_secs_f32();

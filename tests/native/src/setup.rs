@@ -172,6 +172,7 @@ impl Setup {
                 host_ports: self.host_ports.clone(),
             }),
             disk_slots: DiskSlots::default(),
+            filesystem: None,
             disks: self
                 .disks
                 .iter()

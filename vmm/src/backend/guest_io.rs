@@ -78,6 +78,16 @@ pub(super) fn write_at(
     })
 }
 
+/// As [`iovecs`], behind `head`, a buffer of our own.
+fn iovecs_after(head: *mut u8, len: usize, slices: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
+    let mut list = iovecs(slices, 0);
+    if len > 0 {
+        list.insert(0, libc::iovec { iov_base: head.cast(), iov_len: len });
+        list.truncate(MAX_SLICES);
+    }
+    list
+}
+
 fn message(list: &mut [libc::iovec]) -> libc::msghdr {
     // SAFETY: all zeroes is a valid msghdr: no name, no vectors, no control data.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -86,22 +96,26 @@ fn message(list: &mut [libc::iovec]) -> libc::msghdr {
     header
 }
 
-/// One recvmsg(2) without blocking.
-pub(super) fn receive(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-    let mut list = iovecs(slices, 0);
+/// One recvmsg(2) without blocking, first into `head`.
+pub(super) fn receive(
+    fd: BorrowedFd<'_>,
+    head: &mut [u8],
+    slices: &[VolatileSlice<'_>],
+) -> io::Result<usize> {
+    let mut list = iovecs_after(head.as_mut_ptr(), head.len(), slices);
     let mut header = message(&mut list);
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     retry(|| {
         // SAFETY: `header` points at `list`, which lives until the call returns and describes
-        // memory that `slices` keeps mapped. No control buffer: descriptors sent along are
+        // `head`, borrowed for as long, and memory that `slices` keeps mapped. No control buffer: descriptors sent along are
         // dropped.
         count_of(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) })
     })
 }
 
-/// One sendmsg(2) without blocking and without SIGPIPE.
-pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-    let mut list = iovecs(slices, 0);
+/// One sendmsg(2) without blocking and without SIGPIPE, `head` first.
+pub(super) fn send(fd: BorrowedFd<'_>, head: &[u8], slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut list = iovecs_after(head.as_ptr().cast_mut(), head.len(), slices);
     let header = message(&mut list);
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     retry(|| {

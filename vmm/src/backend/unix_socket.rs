@@ -29,12 +29,22 @@ impl Stream {
 
     /// Receives into `slices`; 0 is the end of the stream.
     pub fn receive(&self, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        guest_io::receive(self.0.as_fd(), slices)
+        self.receive_after(&mut [], slices)
     }
 
     /// Sends from `slices`; may send less than all.
     pub fn send_volatile(&self, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        guest_io::send(self.0.as_fd(), slices)
+        self.send_after(&[], slices)
+    }
+
+    /// Receives into `head` first, and then into `slices`; 0 is the end of the stream.
+    pub fn receive_after(&self, head: &mut [u8], slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        guest_io::receive(self.0.as_fd(), head, slices)
+    }
+
+    /// Sends `head` first, and then from `slices`; may send less than all.
+    pub fn send_after(&self, head: &[u8], slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        guest_io::send(self.0.as_fd(), head, slices)
     }
 
     /// Sends from buffers of our own; may send less than all.

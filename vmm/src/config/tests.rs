@@ -14,6 +14,7 @@ fn config() -> VmConfig {
         console: None,
         vsock: None,
         disk_slots: DiskSlots::default(),
+        filesystem: None,
         disks: Vec::new(),
     }
 }
@@ -73,7 +74,7 @@ fn numbers_out_of_range_are_refused() {
     assert!(matches!(error, ConfigError::Range { what: "cmdline length", .. }));
     assert!(check(VmConfig { cmdline: "x".repeat(2047), ..config() }, vec![]).is_ok());
     for text in ["a\0b", "a\nb", "ä"] {
-        assert!(matches!(refuse(|c| c.cmdline = text.into(), vec![]), ConfigError::CmdlineByte { .. }));
+        assert!(matches!(refuse(|c| c.cmdline = text.into(), vec![]), ConfigError::Byte { .. }));
     }
 }
 

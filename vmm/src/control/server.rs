@@ -20,7 +20,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::socket::SocketError;
 use super::{Channel, FdTable, Incoming};
 use crate::api::{Call, EndReason, Event, Failure, FailureCode, Reply, Request, VmConfig, VmState};
-use crate::config::{ConfigError, MachineConfig, attached_disk};
+use crate::config::{ConfigError, MachineConfig, attached_disk, server_sockets};
 use crate::end::EndLatch;
 use crate::vm::builder::{BuildError, OnConnection, Subscriber};
 use crate::vm::{self, Built, StateError, Vm};
@@ -31,6 +31,9 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How long host peers have, after the guest's end, to take what it had sent them.
 const LAST_BYTES: Duration = Duration::from_secs(1);
+
+/// How long, in a pause, the file server has to answer what it was asked.
+const IN_FLIGHT: Duration = Duration::from_secs(10);
 
 /// The VMM cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -197,6 +200,11 @@ impl Server {
                 let disk = attached_disk(&disk, fds)?;
                 Ok(Reply::Attached(self.vm("attach")?.attach(disk)?))
             }
+            Call::AttachFilesystem { sockets } => {
+                let sockets = server_sockets(&sockets, fds)?;
+                self.vm("attach")?.attach_filesystem(sockets)?;
+                Ok(Reply::Done)
+            }
             other => {
                 fds.finish().map_err(ConfigError::from)?;
                 self.serve_plain(other)
@@ -208,7 +216,7 @@ impl Server {
     fn serve_plain(&mut self, call: Call) -> Result<Reply, Failure> {
         match call {
             Call::Boot => self.vm("boot")?.boot()?,
-            Call::Pause => self.vm("pause")?.pause()?,
+            Call::Pause => self.pause()?,
             Call::Resume => {
                 let shutting_down = self.deadline_at.is_some();
                 self.vm("resume")?.resume(shutting_down)?;
@@ -224,9 +232,32 @@ impl Server {
                 return Ok(Reply::Metrics(metrics));
             }
             // Served above.
-            Call::Configure(_) | Call::AttachDisk(_) => {}
+            Call::Configure(_) | Call::AttachDisk(_) | Call::AttachFilesystem { .. } => {}
         }
         Ok(Reply::Done)
+    }
+
+    /// Parks the vCPUs and lets the devices finish what a server outside has been asked.
+    fn pause(&mut self) -> Result<(), Failure> {
+        self.vm("pause")?.pause()?;
+        let deadline = Instant::now() + IN_FLIGHT;
+        loop {
+            let requests = self.vm.as_ref().map_or(0, Vm::in_flight);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if requests == 0 {
+                return Ok(());
+            }
+            if left.is_zero() {
+                let shutting_down = self.deadline_at.is_some();
+                self.vm("pause")?.resume(shutting_down)?;
+                return Err(StateError::InFlight { requests, seconds: IN_FLIGHT.as_secs() }.into());
+            }
+            let wait = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+            self.manager.run_with_timeout(wait).map_err(|error| Failure {
+                code: FailureCode::HostUnfit,
+                message: format!("pause: event loop: {error}"),
+            })?;
+        }
     }
 
     fn vm(&mut self, call: &'static str) -> Result<&mut Vm, Failure> {
@@ -413,8 +444,10 @@ impl From<StateError> for Failure {
             StateError::WrongState { state: VmState::Ended, .. } => FailureCode::Ended,
             StateError::WrongState { .. } => FailureCode::WrongState,
             StateError::Exhausted { .. } => FailureCode::Exhausted,
-            StateError::Attach(_) => FailureCode::InvalidArgument,
-            StateError::Button(_) | StateError::Vcpu(_) => FailureCode::HostUnfit,
+            StateError::Attach(_) | StateError::NoFilesystem => FailureCode::InvalidArgument,
+            StateError::Button(_) | StateError::Vcpu(_) | StateError::InFlight { .. } => {
+                FailureCode::HostUnfit
+            }
         };
         Self { code, message: error.to_string() }
     }

@@ -155,6 +155,7 @@ fn describe(options: &Options, parcel: &mut Parcel, console_input: &mut Feed) ->
         console,
         vsock,
         disk_slots: slots_for(&disks),
+        filesystem: None,
         disks,
     })
 }

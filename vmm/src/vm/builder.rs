@@ -14,8 +14,8 @@ use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{DiskSlot, Gauges, StateError, Vm, VmParts, kvm, slots};
-use crate::api::{AttachedDisk, BlkMetrics, DiskSlots, VsockMetrics};
+use super::{DiskSlot, FilesystemSlot, Gauges, StateError, Vm, VmParts, kvm, slots};
+use crate::api::{AttachedDisk, BlkMetrics, DiskSlots, FsMetrics, VsockMetrics};
 use crate::arch::{self, CpuModel, HostError, ImageError, MmioDescription, Platform, SetupError, layout};
 use crate::bus::{BusError, MmioBus, PioBus};
 use crate::config::{Console, MachineConfig};
@@ -23,6 +23,7 @@ use crate::devices::power::{KeyboardReset, PowerControl};
 use crate::devices::serial::{CappedOutput, ConsoleCounters, SerialInput, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkHandle};
+use crate::devices::virtio::fs::{Fs, FsHandle};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::subscriber::DeviceSubscriber;
 use crate::devices::virtio::transport::{MmioTransport, TransportError};
@@ -91,6 +92,7 @@ pub fn build(
         console,
         vsock,
         disk_slots,
+        filesystem,
         disks,
     } = config;
     let kvm = kvm::open(kvm);
@@ -123,6 +125,7 @@ pub fn build(
         board.place(slots::VSOCK, Box::new(device))?;
     }
     let disk_slots = place_disks(&mut board, disk_slots)?;
+    let filesystem = place_filesystem(&mut board, filesystem)?;
     let Board { mmio, described, subscribers, .. } = board;
 
     arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &described })?;
@@ -139,6 +142,7 @@ pub fn build(
         counters,
         end,
         disks: disk_slots,
+        filesystem,
         gauges: Box::new(DeviceGauges { console, vsock: vsock_handle }),
         power_button,
         ram,
@@ -242,6 +246,17 @@ fn place_disks(board: &mut Board<'_>, slots: DiskSlots) -> Result<Vec<Box<dyn Di
     Ok(handles)
 }
 
+fn place_filesystem(
+    board: &mut Board<'_>,
+    tag: Option<String>,
+) -> Result<Option<Box<dyn FilesystemSlot>>, BuildError> {
+    let Some(tag) = tag else { return Ok(None) };
+    let device = Fs::new(tag);
+    let handle = device.handle();
+    board.place(slots::FILESYSTEM, Box::new(device))?;
+    Ok(Some(Box::new(handle)))
+}
+
 fn place_serial(
     board: &mut Board<'_>,
     pio: &mut PioBus,
@@ -301,6 +316,24 @@ impl DiskSlot for BlkHandle {
     }
 
     fn metrics(&self) -> BlkMetrics {
+        self.metrics()
+    }
+}
+
+impl FilesystemSlot for FsHandle {
+    fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.attach(sockets)?)
+    }
+
+    fn hold(&self, held: bool) {
+        self.hold(held);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight()
+    }
+
+    fn metrics(&self) -> FsMetrics {
         self.metrics()
     }
 }

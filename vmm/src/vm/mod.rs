@@ -7,4 +7,4 @@ pub mod slots;
 mod state;
 
 pub use builder::{BuildError, Built, build};
-pub use state::{DiskSlot, Gauges, StateError, Vm, VmParts};
+pub use state::{DiskSlot, FilesystemSlot, Gauges, StateError, Vm, VmParts};

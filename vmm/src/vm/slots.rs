@@ -12,7 +12,8 @@ pub const VSOCK: usize = 1;
 /// has the same place whatever the number of slots.
 pub const FIRST_READ_ONLY: usize = 2;
 pub const FIRST_WRITABLE: usize = FIRST_READ_ONLY + MAX_DISK_SLOTS as usize;
-pub const COUNT: usize = FIRST_WRITABLE + MAX_DISK_SLOTS as usize;
+pub const FILESYSTEM: usize = FIRST_WRITABLE + MAX_DISK_SLOTS as usize;
+pub const COUNT: usize = FILESYSTEM + 1;
 
 /// Guest address of a slot's registers.
 pub fn address(slot: usize) -> u64 {
@@ -36,10 +37,10 @@ mod tests {
 
     #[test]
     fn slots_are_where_the_contract_says() {
-        assert_eq!(COUNT, 26);
-        assert_eq!((address(0), address(25)), (0xd000_0000, 0xd001_9000));
+        assert_eq!(COUNT, 27);
+        assert_eq!((address(0), address(26)), (0xd000_0000, 0xd001_a000));
         assert_eq!((gsi(0), gsi(17), gsi(18), gsi(25)), (6, 23, 6, 13));
-        assert_eq!((FIRST_READ_ONLY, FIRST_WRITABLE), (2, 14));
+        assert_eq!((FIRST_READ_ONLY, FIRST_WRITABLE, FILESYSTEM), (2, 14, 26));
         assert_eq!((serial(true, 0), serial(false, 11)), ("ro0".into(), "rw11".into()));
     }
 

@@ -1,18 +1,19 @@
 //! A VM's life: configured → running ⇄ paused → ended, and what may be asked of it when.
 //!
 //! Owned by the event loop, on which every device does its work: when a call is served here,
-//! no request is in flight, and while the VM is paused the loop lets no device work. So "vCPUs
-//! parked" is the quiescent point, and it lasts.
+//! no device is at work, and while the VM is paused the loop lets none work. So "vCPUs parked
+//! and nothing in flight to the file server" is the quiescent point, and it lasts.
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::{AttachedDisk, BlkMetrics, BootTimes, EndReason, Metrics, VmState, VsockMetrics};
+use crate::api::{AttachedDisk, BlkMetrics, BootTimes, EndReason, FsMetrics, Metrics, VmState, VsockMetrics};
 use crate::config::Disk;
 use crate::end::EndLatch;
 use crate::log;
@@ -29,6 +30,12 @@ pub enum StateError {
     WrongState { call: &'static str, state: VmState, mend: &'static str },
     #[error("attach: all {max} {kind} disk slots are taken")]
     Exhausted { kind: &'static str, max: usize },
+    #[error(
+        "pause: the file server did not answer {requests} requests within {seconds} s; is its storage stuck?"
+    )]
+    InFlight { requests: usize, seconds: u64 },
+    #[error("attach a file server: the VM was configured without a file system device")]
+    NoFilesystem,
     #[error(transparent)]
     Attach(Box<dyn std::error::Error + Send + Sync>),
     #[error("power button: {0}")]
@@ -44,6 +51,16 @@ pub trait DiskSlot {
     fn is_free(&self) -> bool;
     fn attach(&self, file: File) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
     fn metrics(&self) -> BlkMetrics;
+}
+
+/// A place for a file server.
+pub trait FilesystemSlot {
+    fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+    /// While held, requests stay in their queue.
+    fn hold(&self, held: bool);
+    /// Requests that the server has not answered.
+    fn in_flight(&self) -> usize;
+    fn metrics(&self) -> FsMetrics;
 }
 
 /// What the VM reads of its devices and tells them.
@@ -65,6 +82,7 @@ pub struct VmParts {
     pub counters: Arc<ExitCounters>,
     pub end: Arc<EndLatch>,
     pub disks: Vec<Box<dyn DiskSlot>>,
+    pub filesystem: Option<Box<dyn FilesystemSlot>>,
     pub gauges: Box<dyn Gauges>,
     /// Raises the generic event device's interrupt.
     pub power_button: EventFd,
@@ -121,14 +139,27 @@ impl Vm {
             self.parts.vcpus.iter().for_each(VcpuHandle::resume);
             return Err(error.into());
         }
+        self.hold(true);
         self.state = VmState::Paused;
         Ok(())
+    }
+
+    /// Requests that were under way when the VM was paused, and still are.
+    pub fn in_flight(&self) -> usize {
+        self.parts.filesystem.as_ref().map_or(0, |filesystem| filesystem.in_flight())
+    }
+
+    fn hold(&self, held: bool) {
+        if let Some(filesystem) = &self.parts.filesystem {
+            filesystem.hold(held);
+        }
     }
 
     /// Continues; `shutting_down` says that the power button was pressed before the pause.
     pub fn resume(&mut self, shutting_down: bool) -> Result<(), StateError> {
         self.require("resume", &[VmState::Paused], "only a paused VM can be resumed")?;
         self.parts.gauges.resumed();
+        self.hold(false);
         self.run();
         if shutting_down {
             self.state = VmState::ShuttingDown;
@@ -157,8 +188,7 @@ impl Vm {
 
     /// Puts a disk into the first free slot of its kind.
     pub fn attach(&mut self, disk: Disk) -> Result<AttachedDisk, StateError> {
-        let living = [VmState::Configured, VmState::Running, VmState::Paused, VmState::ShuttingDown];
-        self.require("attach", &living, "the guest has ended")?;
+        self.require_living("attach")?;
         let mut slots = self.parts.disks.iter();
         let slot = slots.find(|slot| slot.read_only() == disk.read_only && slot.is_free());
         let Some(slot) = slot else {
@@ -170,6 +200,18 @@ impl Vm {
         Ok(AttachedDisk { serial: slot.serial() })
     }
 
+    /// Gives the file system device its server.
+    pub fn attach_filesystem(&mut self, sockets: Vec<UnixStream>) -> Result<(), StateError> {
+        self.require_living("attach")?;
+        let slot = self.parts.filesystem.as_ref().ok_or(StateError::NoFilesystem)?;
+        slot.attach(sockets).map_err(StateError::Attach)
+    }
+
+    fn require_living(&self, call: &'static str) -> Result<(), StateError> {
+        let living = [VmState::Configured, VmState::Running, VmState::Paused, VmState::ShuttingDown];
+        self.require(call, &living, "the guest has ended")
+    }
+
     /// Counters; the times that are not the VM's own are for the caller to fill in.
     pub fn metrics(&self) -> Metrics {
         let (console_bytes, console_dropped) = self.parts.gauges.console();
@@ -178,6 +220,7 @@ impl Vm {
             exits: self.parts.counters.exits(),
             blk: self.parts.disks.iter().filter(|disk| !disk.is_free()).map(|disk| disk.metrics()).collect(),
             vsock: self.parts.gauges.vsock(),
+            filesystem: self.parts.filesystem.as_ref().map(|slot| slot.metrics()).unwrap_or_default(),
             console_bytes,
             console_dropped,
         }

@@ -8,6 +8,7 @@ mod processes;
 mod restart;
 mod spec;
 mod stdio;
+mod volumes;
 
 use anyhow::{Result, ensure};
 use spore_harness::bed::Subject;
@@ -37,6 +38,12 @@ impl Case {
         self
     }
 
+    /// Spore does not as runc does, and why.
+    pub(crate) const fn differs(mut self, reason: &'static str) -> Self {
+        self.differs = Some(reason);
+        self
+    }
+
     /// It starts so many containers of its own.
     pub(crate) const fn starts(mut self, containers: usize) -> Self {
         self.weight = 10 * containers;
@@ -54,9 +61,23 @@ pub(crate) fn all() -> Vec<Case> {
         pause::CASES,
         limits::CASES,
         restart::CASES,
+        volumes::CASES,
     ]
     .concat()
 }
+
+/// Spore does what it should where it does not do as runc does: the error that a case with such a
+/// difference ends with.
+#[derive(Debug)]
+pub(crate) struct Difference;
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("as documented, other than with runc")
+    }
+}
+
+impl std::error::Error for Difference {}
 
 /// Fails with what was found and what was expected.
 pub(crate) fn equal(what: &str, found: &str, expected: &str) -> Result<()> {

@@ -29,6 +29,7 @@ const PRODUCT: &[&str] = &[
     "packaging/config.toml",
     "target/x86_64-unknown-linux-gnu/release/containerd-shim-spore-v2",
     "target/x86_64-unknown-linux-gnu/release/spore-vmm",
+    "target/x86_64-unknown-linux-gnu/release/spore-fs",
     "target/guest/vmlinuz",
     "target/guest/vmlinux",
     "target/guest/initramfs",

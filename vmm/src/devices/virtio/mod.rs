@@ -8,10 +8,11 @@
 //! register reads and writes, which come from vCPU threads under the same lock.
 //!
 //! Devices know guest memory and [`Interrupt`]; they never see KVM. The transport holds the
-//! lock order: transport (one per device) → device handle ([`blk::BlkHandle`]). An
+//! lock order: transport (one per device) → device handle ([`blk::BlkHandle`], [`fs::FsHandle`]). An
 //! [`Interrupt`] takes no lock.
 
 pub mod blk;
+pub mod fs;
 pub mod queue;
 pub mod rng;
 pub mod subscriber;
@@ -89,7 +90,7 @@ impl Pending {
 /// One virtio device. Life cycle: created → (activate → process* → reset)*.
 /// Save, restore and quiescence are the loop's: nothing is in flight between calls.
 pub trait VirtioDevice: Send {
-    /// Virtio device id (section 5): 2 block, 4 entropy, 19 socket.
+    /// Virtio device id (section 5): 2 block, 4 entropy, 19 socket, 26 file system.
     fn device_type(&self) -> u32;
     /// Short name for logs: `blk-ro0`, `vsock`, `rng`.
     fn name(&self) -> &str;

@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemory, VolatileSlice};
 
 use super::DeviceError;
-use crate::memory::GuestRam;
+use crate::memory::{Gpa, GuestRam};
 
 /// The buffers of one direction of a chain, in order.
 #[derive(Debug, Default)]
@@ -94,6 +94,31 @@ pub struct Chain<'m> {
     pub writable: Buffers<'m>,
 }
 
+/// A chain that is answered later: where its buffers are. A driver that changes its descriptors
+/// meanwhile changes nothing here.
+#[derive(Debug, Clone)]
+pub struct HeldChain {
+    head: u16,
+    /// Address, length, and whether the device may write there.
+    parts: Vec<(Gpa, usize, bool)>,
+}
+
+impl HeldChain {
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The chain's buffers. Every range was found inside `memory` when the chain was taken.
+    pub fn resolve<'m>(&self, memory: &'m GuestRam) -> Chain<'m> {
+        let mut chain = Chain { head: self.head, readable: Buffers::default(), writable: Buffers::default() };
+        for &(address, len, writable) in &self.parts {
+            let part = if writable { &mut chain.writable } else { &mut chain.readable };
+            memory.get_slices(address, len).flatten().for_each(|slice| part.push(slice));
+        }
+        chain
+    }
+}
+
 /// An active queue of one device.
 #[derive(Debug)]
 pub struct DeviceQueue {
@@ -119,6 +144,21 @@ impl DeviceQueue {
     /// The next available chain, readable part first as 2.7.4.2 requires, at most as many
     /// descriptors as the queue has entries (2.7.5.3.1).
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Result<Option<Chain<'m>>, DeviceError> {
+        self.pop_noting(memory, |_, _, _| {})
+    }
+
+    /// As [`Self::pop`], for a device that answers later.
+    pub fn hold(&mut self, memory: &GuestRam) -> Result<Option<HeldChain>, DeviceError> {
+        let mut parts = Vec::new();
+        let chain = self.pop_noting(memory, |address, len, writable| parts.push((address, len, writable)))?;
+        Ok(chain.map(|chain| HeldChain { head: chain.head, parts }))
+    }
+
+    fn pop_noting<'m>(
+        &mut self,
+        memory: &'m GuestRam,
+        mut note: impl FnMut(Gpa, usize, bool),
+    ) -> Result<Option<Chain<'m>>, DeviceError> {
         let next = match self.queue.iter(memory) {
             Ok(mut heads) => heads.next(),
             Err(error) => return Err(self.driver_error(error)),
@@ -145,6 +185,7 @@ impl DeviceQueue {
                     "chain {head} has a readable descriptor after a writable one"
                 )));
             };
+            note(descriptor.addr(), descriptor.len() as usize, descriptor.is_write_only());
             for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
                 match slice {
                     Ok(slice) => part.push(slice),

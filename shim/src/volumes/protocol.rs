@@ -1,0 +1,36 @@
+//! What a shim and its file server say to each other, on a `SOCK_SEQPACKET` Unix socket that is
+//! the server's standard input: one JSON document a packet, descriptors attached by
+//! `SCM_RIGHTS`. Each [`Call`] is answered by one [`Answer`], in order. The server ends when the
+//! shim closes the socket, and when the last of its request sockets is closed.
+//!
+//! Part of both programs; depends on nothing else of them.
+
+use serde::{Deserialize, Serialize};
+
+/// Largest packet in bytes, either direction.
+pub(crate) const MAX_PACKET: usize = 16 * 1024;
+/// Most descriptors of one packet.
+#[allow(dead_code)]
+pub(crate) const MAX_FDS: usize = 16;
+
+/// What the shim asks for.
+#[allow(dead_code)] // Save and Restore wait for snapshots; each program uses its half of this.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Call {
+    /// Serve the attached directory or file as `/<id>` of the file system. One descriptor, which
+    /// needs be no more than a path (`O_PATH`), of a mount of its own: what may be done with the
+    /// files is what that mount allows. At any time; an id is never used again.
+    Export { id: u32 },
+    /// Take the tables over that `Save` wrote into the attached file, once, after the exports and
+    /// before `Serve`. Files that are not found again give ESTALE.
+    Restore,
+    /// Answer FUSE requests on the attached sockets, 1 to [`MAX_FDS`], each on a thread of its
+    /// own. Once.
+    Serve,
+    /// Write the tables of files and handles into the attached file. No request is under way.
+    Save,
+}
+
+/// The server's answer: nothing, or what is wrong.
+pub(crate) type Answer = Result<(), String>;

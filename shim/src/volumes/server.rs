@@ -1,0 +1,127 @@
+//! The file server's process. It ends when its owner is dropped, with the shim (its control
+//! socket closes) and with the VMM (its request sockets close).
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, setsockopt, socketpair,
+    sockopt,
+};
+
+use super::protocol::{Answer, Call, MAX_PACKET};
+use super::{Volume, VolumeError};
+use crate::process::ProcessId;
+
+/// Requests that are served at a time. More take more memory: each thread keeps the buffers of
+/// its largest message.
+const THREADS: usize = 4;
+/// A server that does not answer in this time is stuck.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A running server; killed and reaped when dropped.
+#[derive(Debug)]
+pub(crate) struct FileServer {
+    path: PathBuf,
+    child: Child,
+    id: ProcessId,
+    control: OwnedFd,
+}
+
+impl FileServer {
+    /// Starts a server, with its messages into `log`, and gives it the volumes, each under its
+    /// place as its number. Returns the VMM's ends of its request sockets too. Blocks until the
+    /// server has answered.
+    pub(crate) fn start(
+        path: &Path,
+        log: File,
+        volumes: &[Volume],
+    ) -> Result<(Self, Vec<UnixStream>), VolumeError> {
+        // What is refused is refused before there is a process.
+        let mounts = volumes.iter().map(Volume::open).collect::<Result<Vec<_>, _>>()?;
+        let server = Self::spawn(path, log).map_err(|source| VolumeError::Server {
+            path: path.into(),
+            operation: "start",
+            source,
+        })?;
+        for (id, mount) in (0u32..).zip(&mounts) {
+            server.call("export", &Call::Export { id }, &[mount.as_raw_fd()])?;
+        }
+        let pairs: io::Result<Vec<_>> = (0..THREADS).map(|_| UnixStream::pair()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            pairs.map_err(|error| server.error("serve", error))?.into_iter().unzip();
+        let fds: Vec<_> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
+        server.call("serve", &Call::Serve, &fds)?;
+        Ok((server, ours))
+    }
+
+    fn spawn(path: &Path, log: File) -> io::Result<Self> {
+        let (control, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let deadline = nix::sys::time::TimeVal::from(libc::timeval {
+            tv_sec: i64::try_from(DEADLINE.as_secs()).unwrap_or(i64::MAX),
+            tv_usec: 0,
+        });
+        setsockopt(&control, sockopt::ReceiveTimeout, &deadline)?;
+        let mut child = Command::new(path)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log))
+            .spawn()?;
+        match ProcessId::of(child.id()) {
+            Ok(id) => Ok(Self { path: path.into(), child, id, control }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    fn error(&self, operation: &'static str, source: io::Error) -> VolumeError {
+        VolumeError::Server { path: self.path.clone(), operation, source }
+    }
+
+    fn call(&self, operation: &'static str, call: &Call, fds: &[RawFd]) -> Result<(), VolumeError> {
+        let answer = self.exchange(call, fds).map_err(|error| self.error(operation, error))?;
+        answer.map_err(VolumeError::Refused)
+    }
+
+    fn exchange(&self, call: &Call, fds: &[RawFd]) -> io::Result<Answer> {
+        let packet = serde_json::to_vec(call)?;
+        let rights = [ControlMessage::ScmRights(fds)];
+        let socket = self.control.as_raw_fd();
+        sendmsg::<()>(socket, &[IoSlice::new(&packet)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        let mut answer = vec![0; MAX_PACKET];
+        let received = loop {
+            let mut slices = [IoSliceMut::new(&mut answer)];
+            match recvmsg::<()>(socket, &mut slices, None, MsgFlags::empty()) {
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                received => break received?.bytes,
+            }
+        };
+        if received == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has ended; its log says why"));
+        }
+        Ok(serde_json::from_slice(&answer[..received])?)
+    }
+}
+
+impl Drop for FileServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
