@@ -76,7 +76,7 @@ fn plan() -> Result<(Arc<Bed>, Arc<Table>, Vec<Trial>)> {
     for series in &chosen {
         let subjects =
             [Runtime::Runc, Runtime::Spore].map(|runtime| Subject::new(Arc::clone(&bed), series, runtime));
-        for case in cases::all() {
+        for case in cases::all(series) {
             trials.push((case.weight, trial(case, subjects.clone(), Arc::clone(&table))));
         }
     }

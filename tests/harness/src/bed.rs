@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use crate::call::{Call, Output};
 use crate::containerd::{Containerd, Runtime};
+use crate::docker::Docker;
 use crate::image;
 use crate::job::NOT_INSTALLED;
 use crate::leftovers::{self, Inventory};
@@ -27,6 +28,8 @@ pub struct Bed {
     directory: PathBuf,
     logs: PathBuf,
     instances: Mutex<BTreeMap<String, Instance>>,
+    /// Over the instance of the series that first asked for it.
+    docker: Mutex<Option<Arc<Result<Docker, String>>>>,
     /// Cases that count everything on the ground, or change its configuration, write; others read.
     quiet: RwLock<()>,
     next: AtomicUsize,
@@ -42,6 +45,7 @@ impl Bed {
             logs: results.join("logs"),
             directory,
             instances: Mutex::default(),
+            docker: Mutex::default(),
             quiet: RwLock::new(()),
             next: AtomicUsize::new(1),
         };
@@ -67,6 +71,7 @@ impl Bed {
 
     /// Stops every instance.
     pub fn close(&self) {
+        drop(self.docker.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.instances.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
@@ -131,6 +136,24 @@ impl Subject {
             Some(Ok(containerd)) => act(containerd),
             Some(Err(error)) => Err(anyhow!("containerd {}: {error}", self.series)),
             None => Err(anyhow!("containerd {} was not started", self.series)),
+        }
+    }
+
+    /// Does something with Docker's engine, which is started when needed, over this containerd.
+    pub fn docker<T>(&self, act: impl FnOnce(&Docker) -> Result<T>) -> Result<T> {
+        let docker = {
+            let mut slot = self.bed.docker.lock().unwrap_or_else(PoisonError::into_inner);
+            let started = slot.get_or_insert_with(|| {
+                let (directory, log) = (self.bed.directory.join("docker"), self.bed.logs.join("dockerd.log"));
+                let start =
+                    |containerd: &Containerd| Docker::start(containerd, &directory, &self.bed.rootfs(), &log);
+                Arc::new(self.with(start).map_err(|error| format!("{error:#}")))
+            });
+            Arc::clone(started)
+        };
+        match docker.as_ref() {
+            Ok(docker) => act(docker),
+            Err(error) => Err(anyhow!("Docker: {error}")),
         }
     }
 

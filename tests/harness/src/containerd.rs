@@ -175,6 +175,11 @@ impl Containerd {
         self.state().join("io.containerd.runtime.v2.task").join(&self.namespace).join(id)
     }
 
+    /// PATH of what uses this instance.
+    pub fn path(&self) -> String {
+        path(&self.series)
+    }
+
     pub fn pid(&self) -> u32 {
         self.process().id()
     }

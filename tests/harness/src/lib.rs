@@ -9,7 +9,7 @@
 //!   Debian packages, packs the binaries under test, starts the ground, streams output back.
 //! * [`inside`] runs on the ground: PID 1 of the outer machine, installation of the binaries,
 //!   the job, collection of logs.
-//! * [`image`], [`containerd`], [`leftovers`] and [`wait`] serve the programs that run on the
+//! * [`image`], [`containerd`], [`docker`], [`leftovers`] and [`wait`] serve the programs that run on the
 //!   ground (`tests/e2e`, `tests/bench`, the demo): images made without a registry, private
 //!   containerd instances, lists of everything a run could leave behind, deadlines.
 //!
@@ -20,6 +20,7 @@ pub mod bed;
 pub mod call;
 pub mod containerd;
 pub mod demo;
+pub mod docker;
 pub mod ground;
 pub mod host;
 pub mod image;

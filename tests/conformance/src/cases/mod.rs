@@ -1,5 +1,6 @@
 //! The cases, one module per part of the interface.
 
+mod docker;
 mod exec;
 mod hooks;
 mod limits;
@@ -51,7 +52,9 @@ impl Case {
     }
 }
 
-pub(crate) fn all() -> Vec<Case> {
+/// The cases for one series of containerd.
+pub(crate) fn all(series: &str) -> Vec<Case> {
+    let docker = if series == docker::SERIES { docker::CASES } else { &[] };
     [
         exec::CASES,
         processes::CASES,
@@ -62,6 +65,7 @@ pub(crate) fn all() -> Vec<Case> {
         limits::CASES,
         restart::CASES,
         volumes::CASES,
+        docker,
     ]
     .concat()
 }

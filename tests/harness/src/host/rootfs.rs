@@ -19,6 +19,8 @@ const PACKAGES: &[&str] = &[
     "busybox-static",
     "containerd",
     "containernetworking-plugins",
+    "docker-cli",
+    "docker.io",
     "e2fsprogs",
     "erofs-utils",
     "iproute2",
@@ -27,6 +29,7 @@ const PACKAGES: &[&str] = &[
     "linux-image-cloud-amd64",
     "procps",
     "runc",
+    "tini",
     "util-linux",
 ];
 /// Suites whose containerd is unpacked beside.
