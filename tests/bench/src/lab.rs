@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
-use spore_harness::call::Output;
+use spore_harness::call::{Output, Piped};
 use spore_harness::containerd::{Containerd, Runtime, preferred_series};
 use spore_harness::image::{self, BUSYBOX};
 
@@ -57,8 +57,10 @@ impl Lab {
     }
 
     /// Starts a container that waits.
-    pub(crate) fn detach(&self, runtime: Runtime, id: &str) -> Result<()> {
-        let args = ["run", "--detach", "--runtime", runtime.id(), BUSYBOX, id, "sleep", "100000"];
+    pub(crate) fn detach(&self, runtime: Runtime, id: &str, options: &[&str]) -> Result<()> {
+        let mut args = vec!["run", "--detach", "--runtime", runtime.id()];
+        args.extend(options);
+        args.extend([BUSYBOX, id, "sleep", "100000"]);
         self.containerd.must(&args).map(drop)
     }
 
@@ -67,6 +69,13 @@ impl Lab {
         let mut args = vec!["tasks", "exec", "--exec-id", exec_id, id];
         args.extend(command);
         self.containerd.ctr(&args).run()
+    }
+
+    /// The same, started, with pipes for the caller.
+    pub(crate) fn exec_piped(&self, id: &str, exec_id: &str, command: &[&str]) -> Result<Piped> {
+        let mut args = vec!["tasks", "exec", "--exec-id", exec_id, id];
+        args.extend(command);
+        self.containerd.ctr(&args).piped()
     }
 
     /// Ends and removes it.

@@ -6,6 +6,7 @@
 
 mod coldstart;
 mod exec;
+mod io;
 mod kernels;
 mod lab;
 mod report;
@@ -23,6 +24,8 @@ enum Suite {
     Coldstart,
     /// Further processes in a running container: latency, and throughput of their output.
     Exec,
+    /// Volumes and the writable layer: throughput and metadata.
+    Io,
     /// Guest kernels under Spore: boot time and memory. Only on request.
     Kernels,
 }
@@ -59,6 +62,9 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if wanted(Suite::Exec) {
         report::publish("exec", &exec::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
+    }
+    if wanted(Suite::Io) {
+        report::publish("io", &io::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
     }
     if cli.suites.contains(&Suite::Kernels) {
         report::publish("kernels", &kernels::run(cli.pairs, &results)?, &results)?;

@@ -1,7 +1,7 @@
 //! Calls of programs: input, output, deadline, and no child that outlives its case.
 
 use std::io::{Read, Write};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -91,10 +91,32 @@ impl Call {
         self.spawn()
     }
 
+    /// Starts it with pipes for the caller, who times what goes through them. Its error output
+    /// is the caller's own.
+    pub fn piped(mut self) -> Result<Piped> {
+        let mut child = self
+            .command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {:?}", self.command.get_program()))?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(stdin), Some(stdout)) => Ok(Piped { stdin, stdout, _child: Ending(child) }),
+            _ => bail!("no pipes to {:?}", self.command.get_program()),
+        }
+    }
+
     /// Runs it to its end.
     pub fn run(self) -> Result<Output> {
         self.spawn()?.wait()
     }
+}
+
+/// A call in progress whose pipes are its caller's; ends with the value.
+pub struct Piped {
+    pub stdin: ChildStdin,
+    pub stdout: ChildStdout,
+    _child: Ending,
 }
 
 /// What a pipe has given so far, and the thread that reads it.

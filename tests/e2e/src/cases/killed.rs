@@ -1,6 +1,7 @@
 //! The VMM or the shim killed by force, at every phase: the client is told, nothing is left.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +25,8 @@ pub(crate) const CASES: &[Case] = &[
         .newest_unless_soak(),
     Case::new("killed::shim_while_it_runs", shim_while_it_runs).alone().newest_unless_soak(),
     Case::new("killed::shim_before_delete", shim_before_delete).alone().newest_unless_soak(),
+    Case::new("killed::file_server", file_server).spore_only().alone().newest_unless_soak(),
+    Case::new("killed::shim_with_volumes", shim_with_volumes).spore_only().alone().newest_unless_soak(),
     Case::new("killed::at_any_moment", at_any_moment)
         .spore_only()
         .alone()
@@ -32,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 const VMM: &str = "spore-vmm";
+const FILE_SERVER: &str = "spore-fs";
 const SHIM: &str = "containerd-shim-spore-v2";
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Moments of a container's life at which it is killed.
@@ -93,6 +97,58 @@ fn shim_before_delete(subject: &Subject) -> Result<()> {
         tasks.lines().any(|line| line.contains(&id) && line.contains("STOPPED")).then_some(())
     })?;
     kill_hard(process(&[shim_of(subject), &id])?)?;
+    gone(subject, &id, &before)
+}
+
+/// A container with the directory `data` of the host, which is made, as its /data.
+fn with_volume(subject: &Subject, id: &str, data: &Path, script: &str) -> Result<Running> {
+    fs::create_dir_all(data)?;
+    fs::write(data.join("file"), "from the host\n")?;
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", data.display());
+    let args = [
+        "run",
+        "--rm",
+        "--runtime",
+        subject.runtime.id(),
+        "--mount",
+        &mount,
+        BUSYBOX,
+        id,
+        "sh",
+        "-c",
+        script,
+    ];
+    subject.ctr(&args)?.spawn()
+}
+
+/// The container goes on, and what it asks of its volume fails; nothing waits for ever.
+fn file_server(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("volume");
+    let data = subject.bed.rootfs().with_file_name(&id);
+    let script =
+        "cat /data/file; echo ready; while ls /data >/dev/null 2>&1; do sleep 0.1; done; ls /data; echo over";
+    let mut call = with_volume(subject, &id, &data, script)?;
+    call.says("from the host\nready")?;
+    kill_hard(child_and_parent(FILE_SERVER, &[SHIM, &id])?.0)?;
+    let output = call.wait()?;
+    fs::remove_dir_all(&data)?;
+    ensure!(output.success() && output.text().ends_with("over\n"), "{output}");
+    let errors = output.errors();
+    ensure!(errors.contains("not connected") || errors.contains("I/O error"), "{output}");
+    gone(subject, &id, &before)
+}
+
+fn shim_with_volumes(subject: &Subject) -> Result<()> {
+    let before = warm(subject)?;
+    let id = subject.id("volume");
+    let data = subject.bed.rootfs().with_file_name(&id);
+    let mut call = with_volume(subject, &id, &data, "cat /data/file; while :; do sleep 1000; done")?;
+    call.says("from the host")?;
+    kill_hard(process(&[SHIM, &id])?)?;
+    told(&call.wait()?)?;
+    ensure!(fs::read_to_string(data.join("file"))? == "from the host\n", "the host's file");
+    fs::remove_dir_all(&data)?;
     gone(subject, &id, &before)
 }
 
