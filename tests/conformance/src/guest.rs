@@ -79,6 +79,11 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Takes over a container that a case has started itself.
+    pub(crate) fn adopt(subject: &Subject, id: &str) -> Self {
+        Self { subject: subject.clone(), id: id.to_owned() }
+    }
+
     /// `ctr tasks VERB [OPTIONS] ID [REST]`.
     pub(crate) fn task(&self, verb: &str, options: &[&str], rest: &[&str]) -> Result<Call> {
         let mut args = vec!["tasks", verb];

@@ -4,16 +4,11 @@
 use std::ffi::CString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use spore_harness::wait;
 
 const CONFIG: &str = "/etc/spore/config.toml";
-const APPEAR: Duration = Duration::from_secs(60);
 
 /// A changed configuration.
 pub(crate) struct Config {
@@ -75,54 +70,4 @@ impl Drop for Over {
     fn drop(&mut self) {
         umount2(&self.at, MntFlags::MNT_DETACH).ok();
     }
-}
-
-/// Waits for a process whose command line contains all of `words`.
-pub(crate) fn process(words: &[&str]) -> Result<Pid> {
-    wait::until(&format!("a process {words:?} appears"), APPEAR, || find(words))
-}
-
-/// As [`process`], without waiting.
-pub(crate) fn find(words: &[&str]) -> Option<Pid> {
-    processes().find(|(_, command)| words.iter().all(|word| command.contains(word))).map(|(pid, _)| pid)
-}
-
-fn processes() -> impl Iterator<Item = (Pid, String)> {
-    fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
-        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?);
-        Some((pid, command_of(pid)?))
-    })
-}
-
-fn command_of(pid: Pid) -> Option<String> {
-    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    Some(String::from_utf8_lossy(&command).replace('\0', " "))
-}
-
-/// Waits for a process whose command line contains `word` and whose parent's contains all of
-/// `words_of_parent`; both.
-pub(crate) fn child_and_parent(word: &str, words_of_parent: &[&str]) -> Result<(Pid, Pid)> {
-    wait::until(&format!("a child {word:?} of {words_of_parent:?} appears"), APPEAR, || {
-        find_child(word, words_of_parent)
-    })
-}
-
-/// As [`child_and_parent`], without waiting.
-pub(crate) fn find_child(word: &str, words_of_parent: &[&str]) -> Option<(Pid, Pid)> {
-    processes().find_map(|(child, command)| {
-        let parent = parent(child).filter(|_| command.contains(word))?;
-        let command = command_of(parent)?;
-        words_of_parent.iter().all(|word| command.contains(word)).then_some((child, parent))
-    })
-}
-
-fn parent(pid: Pid) -> Option<Pid> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-    Some(Pid::from_raw(line.trim().parse().ok()?))
-}
-
-/// SIGKILL.
-pub(crate) fn kill_hard(pid: Pid) -> Result<()> {
-    kill(pid, Signal::SIGKILL).with_context(|| format!("killing process {pid}"))
 }

@@ -42,13 +42,28 @@ impl Call {
     /// The same call at a terminal of its own, by script(1), of so many rows and columns; output
     /// and error output are one.
     #[must_use]
-    pub fn in_terminal(mut self, rows: u16, columns: u16) -> Self {
+    pub fn in_terminal(self, rows: u16, columns: u16) -> Self {
+        let line = format!("stty rows {rows} cols {columns}; exec {}", self.line());
+        self.through("script", &["--quiet", "--return", "--command", &line, "/dev/null"])
+    }
+
+    /// The same call in a pipeline of a shell, whose status is the last command's.
+    #[must_use]
+    pub fn in_pipeline(self, before: &str, after: &str) -> Self {
+        let line = format!("{before}{}{after}", self.line());
+        self.through("sh", &["-c", &line])
+    }
+
+    /// The call as a shell reads it.
+    fn line(&self) -> String {
         let quoted = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
         let words = std::iter::once(self.command.get_program()).chain(self.command.get_args());
-        let line = words.map(quoted).collect::<Vec<_>>().join(" ");
-        let mut command = Command::new("script");
-        let line = format!("stty rows {rows} cols {columns}; exec {line}");
-        command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        words.map(quoted).collect::<Vec<_>>().join(" ")
+    }
+
+    fn through(mut self, program: &str, args: &[&str]) -> Self {
+        let mut command = Command::new(program);
+        command.args(args);
         for (name, value) in self.command.get_envs() {
             command.env(name, value.unwrap_or_default());
         }

@@ -1,5 +1,6 @@
 //! The cases, one module per part of the interface.
 
+mod counts;
 mod docker;
 mod exec;
 mod hooks;
@@ -65,6 +66,7 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         limits::CASES,
         restart::CASES,
         volumes::CASES,
+        counts::CASES,
         docker,
     ]
     .concat()

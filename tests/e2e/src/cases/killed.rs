@@ -10,8 +10,8 @@ use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, expect_contains, soak};
-use crate::host::{self, child_and_parent, kill_hard, process};
 use spore_harness::bed::Subject;
+use spore_harness::processes::{self, child_and_parent, kill_hard, process};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("killed::vmm_while_it_boots", |subject| while_booting(subject, VMM))
@@ -165,9 +165,9 @@ fn at_any_moment(subject: &Subject) -> Result<()> {
         let offset = whole.mul_f64(((moment / 2) as f64 + 0.5) / moments as f64);
         wait::until("the moment", DEADLINE, || (begin.elapsed() >= offset).then_some(()))?;
         let victim = if moment % 2 == 0 {
-            host::find_child(VMM, &[SHIM, &id]).map(|(vmm, _)| vmm)
+            processes::find_child(VMM, &[SHIM, &id]).map(|(vmm, _)| vmm)
         } else {
-            host::find(&[SHIM, &id])
+            processes::find(&[SHIM, &id])
         };
         // It may not have come yet, or have gone by itself just now.
         killed[moment % 2] += victim.map_or(0, |victim| usize::from(kill_hard(victim).is_ok()));

@@ -1,0 +1,178 @@
+//! Many of everything: what a runtime keeps of each is a leak, what each costs more than the one
+//! before a slow death. Bounded counts by default; `SPORE_CONFORMANCE_SOAK` asks for the long ones.
+//!
+//! What is compared before and after fails the case. Times are told, not judged: the first and the last
+//! fifth of them go to `counts.md` among the results.
+
+use std::fmt::Write;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use spore_harness::bed::Subject;
+use spore_harness::image::BUSYBOX;
+use spore_harness::processes::{self, Use};
+use spore_harness::wait;
+
+use super::Case;
+use crate::guest::Guest;
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("counts: create, exec and delete, again and again", cycles).alone().starts(4),
+    Case::new("counts: containers alive at once", alive).alone().starts(4),
+    Case::new("counts: execs in one container", execs).alone().starts(2),
+    Case::new("counts: a long stream each way", streams).alone().starts(2),
+    Case::new("counts: clients that attach and go away, side by side", attach).alone().starts(2),
+];
+
+/// Threads that a Go program may have made for itself meanwhile; a leak makes one each time.
+const SLACK: usize = 3;
+const LONG: Duration = Duration::from_secs(3600);
+
+/// The bounded count, or the long one.
+fn count(bounded: usize, long: usize) -> usize {
+    if std::env::var_os("SPORE_CONFORMANCE_SOAK").is_some() { long } else { bounded }
+}
+
+/// Writes a line of figures: the medians of the first and of the last fifth of `seconds`.
+fn tell(subject: &Subject, what: &str, seconds: &[f64], more: &str) -> Result<()> {
+    let fifth = seconds.len().div_ceil(5);
+    let median = |part: &[f64]| {
+        let mut part = part.to_vec();
+        part.sort_by(f64::total_cmp);
+        part.get(part.len() / 2).copied().unwrap_or_default()
+    };
+    let mut line = format!("{}/{}: {} {what}", subject.series, subject.runtime.name(), seconds.len());
+    let (first, last) = (median(&seconds[..fifth]), median(&seconds[seconds.len() - fifth..]));
+    write!(line, ": {first:.2} s each at first, {last:.2} s at last{more}")?;
+    eprintln!("  {line}");
+    let results = std::env::var_os("SPORE_RESULTS").map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let mut file = File::options().append(true).create(true).open(results.join("counts.md"))?;
+    Ok(writeln!(file, "* {line}")?)
+}
+
+/// What shim and VMM (runc: the shim) of a container use.
+fn used(subject: &Subject, id: &str) -> Result<Vec<(&'static str, Use)>> {
+    if !subject.is_spore() {
+        let shim = processes::process(&["containerd-shim-runc-v2", id])?;
+        return Ok(vec![("shim", Use::of(shim)?)]);
+    }
+    let (vmm, shim) = processes::child_and_parent("spore-vmm", &["containerd-shim-spore-v2", id])?;
+    Ok(vec![("shim", Use::of(shim)?), ("VMM", Use::of(vmm)?)])
+}
+
+/// Waits until shim and VMM have no more descriptors and threads than before; what memory they took.
+fn as_before(subject: &Subject, id: &str, before: &[(&'static str, Use)]) -> Result<String> {
+    let same = || {
+        let now = used(subject, id).ok()?;
+        let pairs = before.iter().zip(&now);
+        let settled = |(before, now): (&(_, Use), &(_, Use))| {
+            let (before, now) = (before.1, now.1);
+            now.descriptors <= before.descriptors && now.threads <= before.threads + SLACK
+        };
+        pairs.clone().all(settled).then_some(now.clone())
+    };
+    let after = wait::until("descriptors and threads are as before", Duration::from_secs(60), same)
+        .with_context(|| format!("before {before:?}, now {:?}", used(subject, id)))?;
+    let mut text = String::new();
+    for ((name, before), (_, after)) in before.iter().zip(&after) {
+        write!(text, "; {name} {} -> {} KiB", before.resident_kib, after.resident_kib)?;
+    }
+    Ok(text)
+}
+
+fn cycles(subject: &Subject) -> Result<()> {
+    subject.warm_up()?;
+    let before = subject.inventory()?;
+    let mut seconds = Vec::new();
+    for _ in 0..count(3, 500) {
+        let begin = Instant::now();
+        let guest = Guest::start(subject, &[])?;
+        guest.shell("true")?;
+        drop(guest);
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    subject.nothing_beyond(&before)?;
+    tell(subject, "containers created, used and deleted", &seconds, "")
+}
+
+fn alive(subject: &Subject) -> Result<()> {
+    subject.warm_up()?;
+    let before = subject.inventory()?;
+    let (mut guests, mut seconds) = (Vec::new(), Vec::new());
+    for _ in 0..count(4, 50) {
+        let begin = Instant::now();
+        guests.push(Guest::start(subject, &["--memory-limit", "67108864"])?);
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    for guest in &guests {
+        let echoed = guest.shell(&format!("echo {}", guest.id))?;
+        ensure!(echoed.trim_end() == guest.id, "{echoed:?}");
+    }
+    drop(guests);
+    subject.nothing_beyond(&before)?;
+    tell(subject, "containers alive at once", &seconds, "")
+}
+
+fn execs(subject: &Subject) -> Result<()> {
+    let guest = Guest::start(subject, &[])?;
+    guest.shell("true")?;
+    let before = used(subject, &guest.id)?;
+    let mut seconds = Vec::new();
+    for number in 0..count(15, 1000) {
+        let begin = Instant::now();
+        let text = guest.shell(&format!("echo {number}"))?;
+        ensure!(text == format!("{number}\n"), "{text:?}");
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    let memory = as_before(subject, &guest.id, &before)?;
+    tell(subject, "execs in one container", &seconds, &memory)
+}
+
+/// A pipeline of the ground's shell around `ctr run`.
+fn streams(subject: &Subject) -> Result<()> {
+    let mib = count(64, 1024);
+    let bytes = mib << 20;
+    let mut seconds = Vec::new();
+    for (before, script, after) in [
+        (String::new(), format!("head -c {bytes} /dev/zero"), " | wc -c".to_owned()),
+        (format!("head -c {bytes} /dev/zero | "), "wc -c".to_owned(), String::new()),
+    ] {
+        let begin = Instant::now();
+        let run = subject.run("stream", &["sh", "-c", &script])?;
+        let output = run.in_pipeline(&before, &after).deadline(LONG).run()?;
+        ensure!(output.success() && output.text().trim() == bytes.to_string(), "{output}");
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    tell(subject, &format!("streams of {mib} MiB, out and in"), &seconds, "")
+}
+
+fn attach(subject: &Subject) -> Result<()> {
+    let options = ["--detach", "--runtime", subject.runtime.id()];
+    let id = subject.id("attached");
+    let mut args = vec!["run"];
+    args.extend(options);
+    args.extend([BUSYBOX, &id, "sh", "-c", "while :; do echo tick; sleep 1; done"]);
+    subject.must(&args)?;
+    let guest = Guest::adopt(subject, &id);
+    let before = used(subject, &guest.id)?;
+    let begin = Instant::now();
+    let mut clients = Vec::new();
+    for _ in 0..count(4, 24) {
+        clients.push(guest.task("attach", &[], &[])?.spawn()?);
+    }
+    // One fifo, many readers: who gets a line is chance, but lines come.
+    wait::until("a line reaches a client", Duration::from_secs(120), || {
+        clients.iter().any(|client| client.stdout().contains("tick")).then_some(())
+    })?;
+    for client in clients {
+        client.kill()?;
+    }
+    let mut again = guest.task("attach", &[], &[])?.spawn()?;
+    again.says("tick")?;
+    again.kill()?;
+    let memory = as_before(subject, &guest.id, &before)?;
+    tell(subject, "rounds of clients side by side", &[begin.elapsed().as_secs_f64()], &memory)
+}
