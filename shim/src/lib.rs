@@ -1,4 +1,5 @@
-//! `containerd-shim-spore-v2`: the containerd shim of Spore (DESIGN 1, 7).
+//! `containerd-shim-spore-v2`: the containerd shim of Spore (DESIGN 1, 7), as a library whose
+//! public part is what the `spore` command (`src/bin/spore`) shares with it.
 //!
 //! One binary, several processes. containerd runs it with `start` (spawns the shim
 //! daemon and answers its address), `delete` (reclaims whatever a dead shim left),
@@ -13,6 +14,7 @@ mod container;
 mod delete;
 mod error;
 mod events;
+mod files;
 mod guest;
 mod holder;
 mod hooks;
@@ -33,9 +35,16 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// The name containerd derives this binary's name from.
-pub(crate) const RUNTIME: &str = "io.containerd.spore.v2";
+pub const RUNTIME: &str = "io.containerd.spore.v2";
 
-fn main() -> ExitCode {
+pub use config::{Config, ConfigError};
+pub use error::chain;
+pub use guest::clean;
+pub use rootfs::next_data;
+pub use rundir::{Running, running};
+
+/// The whole program.
+pub fn run() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.first().map(String::as_str) {
         Some(holder::SUBCOMMAND) => holder::main(&arguments[1..]),
