@@ -89,6 +89,8 @@ pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
 
 /// A name in a directory of a container.
 fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
+    // "DIRECTORY/." is the directory.
+    let directory = directory.strip_suffix(b"/.").unwrap_or(directory);
     let slash: &[u8] = if directory.ends_with(b"/") { b"" } else { b"/" };
     [directory, slash, name].concat()
 }

@@ -96,7 +96,7 @@ fn there_and_back(subject: &Subject) -> Result<()> {
     copied(subject, &["-a"], &tree_path, &waiting.path("/copy"))?;
 
     let inside = waiting.shell(
-        "cd /copy; stat -c '%n %a %u %g %Y' plain sub; readlink link sub/dangling; cat plain; stat -c %s sub/sparse; \
+        "cd /copy; stat -c '%n %a %u %g %Y' plain sub; readlink link; readlink sub/dangling; cat plain; stat -c %s sub/sparse; \
          dd if=sub/sparse bs=1M skip=700 count=1 2>/dev/null | head -c 13; echo; ! ls -a / . | grep spore-cp",
     )?;
     let expected = "plain 4751 1234 4321 1000000000\nsub 1777 0 0 1000000000\nplain\n/nowhere/at all\nplain\n\
