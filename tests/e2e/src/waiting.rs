@@ -13,10 +13,17 @@ pub(crate) struct Waiting {
 
 impl Waiting {
     pub(crate) fn start(subject: &Subject, what: &str) -> Result<Self> {
+        Self::start_with(subject, what, &[])
+    }
+
+    /// With further options of `ctr run`.
+    pub(crate) fn start_with(subject: &Subject, what: &str, options: &[&str]) -> Result<Self> {
         let id = subject.id(what);
         let waiting = Self { subject: subject.clone(), id };
-        let runtime = subject.runtime.id();
-        subject.must(&["run", "--detach", "--runtime", runtime, BUSYBOX, &waiting.id, "sleep", "100000"])?;
+        let mut args = vec!["run", "--detach", "--runtime", subject.runtime.id()];
+        args.extend(options);
+        args.extend([BUSYBOX, &waiting.id, "sleep", "100000"]);
+        subject.must(&args)?;
         Ok(waiting)
     }
 

@@ -59,7 +59,15 @@ fn one_at_a_time(subject: &Subject) -> Result<()> {
 
 /// Mounts are seen, links stay inside, a paused container can be looked into and a stopped one not.
 fn as_the_container(subject: &Subject) -> Result<()> {
-    let waiting = Waiting::start(subject, "seen")?;
+    let volume = tempfile::tempdir_in("/srv/bed")?;
+    std::fs::write(volume.path().join("f"), "of the host\n")?;
+    let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", volume.path().display());
+    let waiting = Waiting::start_with(subject, "seen", &["--mount", &mount])?;
+    expect_equal("a volume", &waiting.must("cat", &[], &["/volume/f"])?.as_str(), &"of the host\n")?;
+    let put = waiting.fs("put", &[], &["/volume/g"])?.stdin("of the container\n").run()?;
+    ensure!(put.success(), "{put}");
+    let written = std::fs::read_to_string(volume.path().join("g"))?;
+    expect_equal("what was put into the volume", &written.as_str(), &"of the container\n")?;
     waiting.shell(
         "echo in shared memory > /dev/shm/f; ln -s /etc /escape; printf x > \"$(printf '/odd\\033[2J')\"",
     )?;
