@@ -77,7 +77,7 @@ fn exec_is_the_command(subject: &Subject) -> Result<()> {
     expect_equal("status without a container", &missing.code(), &125)
 }
 
-/// Its size is the caller's, and a second size reaches it.
+/// Its size is the caller's, what is typed arrives, and the status is the command's.
 fn exec_has_a_terminal(subject: &Subject) -> Result<()> {
     let waiting = Waiting::start(subject, "terminal")?;
     let script = "until [ \"$(stty size)\" = \"33 77\" ]; do sleep 0.1; done; tty; read line; echo \"<$line>\"; exit 3";
