@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 fn main() -> std::io::Result<()> {
-    let protos = ["proto/spore/agent/v1/sandbox.proto", "proto/spore/agent/v1/container.proto"];
-    for proto in protos {
+    let protos = ["sandbox", "container", "files"].map(|name| format!("proto/spore/agent/v1/{name}.proto"));
+    let protos = protos.iter();
+    for proto in protos.clone() {
         println!("cargo:rerun-if-changed={proto}");
     }
     let out = PathBuf::from(std::env::var("OUT_DIR").map_err(std::io::Error::other)?);

@@ -9,6 +9,7 @@ pub mod boot;
 pub mod console;
 pub mod container;
 pub mod error;
+pub mod files;
 pub mod netlink;
 pub mod pid1;
 pub mod power;

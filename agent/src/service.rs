@@ -11,6 +11,7 @@ use protobuf::EnumOrUnknown;
 use spore_agent_api::API_VERSION;
 use spore_agent_api::v1::container as pb;
 use spore_agent_api::v1::container_ttrpc::{self, create_container};
+use spore_agent_api::v1::files_ttrpc::create_files;
 use spore_agent_api::v1::sandbox as sb;
 use spore_agent_api::v1::sandbox_ttrpc::{self, create_sandbox};
 use tokio::sync::Notify;
@@ -23,6 +24,7 @@ use crate::container::oom;
 use crate::container::process::Status;
 use crate::container::registry::{CreateContainer, ExecProcess, Registry};
 use crate::error::AgentError;
+use crate::files::service::Files;
 use crate::say;
 use crate::stdio::make::Wanted;
 use crate::vsock::{VsockListener, VsockStream};
@@ -54,7 +56,7 @@ impl Service {
     }
 }
 
-/// Serves both services on `listener`.
+/// Serves every service on `listener`.
 pub async fn serve(
     listener: VsockListener,
     registry: Arc<Registry>,
@@ -69,12 +71,13 @@ pub async fn serve(
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(Listener::new(connections))
         .register_service(create_sandbox(sandbox))
+        .register_service(create_files(Arc::new(Files::new(Arc::clone(&registry)))))
         .register_service(create_container(Arc::new(Containers { registry })));
     server.start().await.map_err(io::Error::other)?;
     Ok(Service { server, ended })
 }
 
-fn status(error: AgentError) -> ttrpc::Error {
+pub(crate) fn status(error: AgentError) -> ttrpc::Error {
     let code = match &error {
         AgentError::NotFound(_) => Code::NOT_FOUND,
         AgentError::AlreadyExists(_) => Code::ALREADY_EXISTS,

@@ -24,7 +24,7 @@ const MIN_WRITABLE_MIB: u64 = 16;
 const MAX_WRITABLE_MIB: u64 = 16 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigError {
+pub enum ConfigError {
     #[error("configuration {path}: cannot be read: {source}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("configuration {path}: {detail}; see shim/README.md for the keys")]
@@ -42,20 +42,20 @@ pub(crate) enum ConfigError {
 /// `config.toml`; every key is optional.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(crate) struct Config {
-    pub(crate) kernel: PathBuf,
-    pub(crate) initramfs: PathBuf,
-    pub(crate) vmm: PathBuf,
+pub struct Config {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+    pub vmm: PathBuf,
     /// The server of volumes, started for a sandbox that has some.
-    pub(crate) file_server: PathBuf,
+    pub file_server: PathBuf,
     /// vCPUs of a container without CPU limits.
     pub(crate) vcpus: u8,
     /// Memory of a container without a memory limit.
     pub(crate) memory_mib: u64,
     /// Appended to the VMM's default kernel command line.
     pub(crate) kernel_args: String,
-    pub(crate) state_dir: PathBuf,
-    pub(crate) run_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
     /// Size of a new writable layer.
     pub(crate) writable_size_mib: u64,
     /// From VMM start until the agent answers.
@@ -107,7 +107,7 @@ pub(crate) struct Machine {
 
 impl Config {
     /// Reads the file; a missing one means defaults, unless it was named explicitly.
-    pub(crate) fn load() -> Result<Self, ConfigError> {
+    pub fn load() -> Result<Self, ConfigError> {
         match std::env::var_os(PATH_VARIABLE) {
             Some(path) => Self::read(Path::new(&path)),
             None if Path::new(PATH).exists() => Self::read(Path::new(PATH)),

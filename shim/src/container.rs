@@ -5,6 +5,7 @@
 
 mod end;
 mod exec;
+mod files;
 mod limits;
 
 use std::collections::HashMap;

@@ -121,7 +121,7 @@ impl From<Error> for ttrpc::Error {
 }
 
 /// An error and its causes, outermost first, each part said once.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

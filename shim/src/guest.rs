@@ -7,14 +7,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use spore_agent_api::files::MAX_EVENT_PATH;
 use spore_agent_api::stream::{self, Hello, Kind};
+use spore_agent_api::v1::files::{WatchEvent, WatchRequest};
+use spore_agent_api::v1::files_ttrpc::FilesClient;
 use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
 use spore_agent_api::{RPC_PORT, STDIO_PORT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use ttrpc::Code;
-use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
+use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
 use crate::vm::Vm;
@@ -107,20 +110,60 @@ pub(crate) struct Guest {
     vm: Arc<Vm>,
     sandbox: sandbox_ttrpc::SandboxClient,
     container: container_ttrpc::ContainerClient,
+    files: FilesClient,
+}
+
+/// Changes of files, as the guest tells them. Its connection is its own: with it the watch ends.
+pub(crate) struct Watch(ClientStreamReceiver<WatchEvent>);
+
+impl Watch {
+    /// The next event; `None` behind the last.
+    pub(crate) async fn next(&mut self) -> Result<Option<WatchEvent>, GuestError> {
+        let event = self.0.recv().await.map_err(|error| failed("watch", error))?;
+        match event.as_ref().map(|event| event.path.len()).filter(|length| *length > MAX_EVENT_PATH) {
+            None => Ok(event),
+            Some(length) => Err(GuestError::Connect {
+                what: "watch",
+                detail: format!("it tells of a path of {length} bytes, at most {MAX_EVENT_PATH} are allowed"),
+            }),
+        }
+    }
+}
+
+async fn dial(vm: &Vm) -> Result<Client, GuestError> {
+    let stream = vm.connect(RPC_PORT).await.map_err(|error| GuestError::Connect {
+        what: "connect to its service port",
+        detail: error.to_string(),
+    })?;
+    Ok(Client::new(Socket::from(stream)))
 }
 
 impl Guest {
     pub(crate) async fn connect(vm: Arc<Vm>) -> Result<Self, GuestError> {
-        let stream = vm.connect(RPC_PORT).await.map_err(|error| GuestError::Connect {
-            what: "connect to its service port",
-            detail: error.to_string(),
-        })?;
-        let client = Client::new(Socket::from(stream));
+        let client = dial(&vm).await?;
         Ok(Self {
             vm,
             sandbox: sandbox_ttrpc::SandboxClient::new(client.clone()),
-            container: container_ttrpc::ContainerClient::new(client),
+            container: container_ttrpc::ContainerClient::new(client.clone()),
+            files: FilesClient::new(client),
         })
+    }
+
+    /// The guest's file service. Its answers go through [`Guest::answered`].
+    pub(crate) fn files(&self) -> (&FilesClient, Context) {
+        (&self.files, with_duration(CALL))
+    }
+
+    /// What a call of the file service has come to.
+    pub(crate) fn answered<T>(call: &'static str, answer: ttrpc::Result<T>) -> Result<T, GuestError> {
+        answer.map_err(|error| failed(call, error))
+    }
+
+    /// Begins to watch. What is refused is told by the first event.
+    pub(crate) async fn watch(&self, request: &WatchRequest) -> Result<Watch, GuestError> {
+        let client = FilesClient::new(dial(&self.vm).await?);
+        let events = client.watch(Context::default(), request).await;
+        events.map(Watch).map_err(|error| failed("watch", error))
     }
 
     /// Gives the guest its name, the time and randomness.
@@ -377,7 +420,7 @@ fn believed(processes: Vec<container::ProcessInfo>) -> Vec<GuestProcess> {
 
 /// The guest's words as they may stand in an error or a log: at most 8 KiB, on one line, and
 /// nothing that a terminal would obey.
-fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     let shown = &text[..text.floor_char_boundary(MOST_TEXT)];
     shown
         .chars()

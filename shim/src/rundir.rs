@@ -33,6 +33,30 @@ pub(crate) struct Record {
     /// The shim is on its way out: who reclaims waits for it a little.
     #[serde(default)]
     pub(crate) ending: bool,
+    /// The machine's size, for whoever lists sandboxes.
+    #[serde(default)]
+    pub(crate) vcpus: Option<u8>,
+    #[serde(default)]
+    pub(crate) memory_mib: Option<u64>,
+}
+
+/// What others may know of a sandbox that runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Running {
+    /// Of its shim's socket, `unix://…`.
+    pub address: Option<String>,
+    pub vcpus: Option<u8>,
+    pub memory_mib: Option<u64>,
+}
+
+/// What the records of a sandbox tell; nothing when there are none.
+pub fn running(run_dir: &Path, namespace: &str, id: &str) -> Running {
+    let record = read(&RunDir::path_of(run_dir, namespace, id));
+    let Some(shim) = record.shim.filter(|shim| shim.is_alive()) else { return Running::default() };
+    // A shim works in its bundle, where its address stands for containerd.
+    let address = std::fs::read_to_string(format!("/proc/{}/cwd/address", shim.pid)).ok();
+    let address = address.map(|address| address.trim().to_owned());
+    Running { address, vcpus: record.vcpus, memory_mib: record.memory_mib }
 }
 
 /// The directory, opened: its files are reached through the descriptor, because a socket's

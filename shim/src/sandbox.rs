@@ -226,6 +226,7 @@ impl Sandbox {
         dir.record(|record| {
             record.shim = ProcessId::this().ok();
             (record.vmm, record.holder) = (Some(processes.0), Some(processes.1));
+            (record.vcpus, record.memory_mib) = (Some(machine.vcpus), Some(machine.memory_mib));
         })
         .map_err(dir_error)?;
         info!(log, "virtual machine started"; "task" => id, "vmm" => processes.0.pid, "holder" => processes.1.pid,

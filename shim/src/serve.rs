@@ -21,7 +21,7 @@ use crate::rundir::RunDir;
 use crate::sandbox::{Context, Sandbox};
 use crate::task::{TaskService, services};
 use crate::timeline::{START_VARIABLE, Timeline};
-use crate::{logging, rootfs};
+use crate::{files, logging, rootfs};
 
 /// How long the last events may take; containerd waits three seconds for the shim's end.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -99,7 +99,10 @@ async fn serve(
     let done = Arc::new(Notify::new());
     let service = TaskService { sandbox: Arc::clone(&sandbox), done: Arc::clone(&done), log: log.clone() };
     let listener = Listener::try_from(listener).map_err(failed("listen"))?;
-    let mut server = Server::new().add_listener(listener).register_service(services(service));
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(services(service))
+        .register_service(files::service(Arc::clone(&sandbox)));
     server.start().await?;
     info!(log, "serving");
     tokio::task::spawn_blocking(move || rootfs::collect_garbage(&state_dir));

@@ -16,6 +16,7 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod files;
 pub mod stream;
 
 /// Version of the API, reported by `Sandbox.Info`.

@@ -33,6 +33,7 @@ use slog::{Logger, debug, info};
 
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
 use self::source::{Source, Upper};
+pub use self::sparse::next_data;
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.

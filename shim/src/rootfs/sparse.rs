@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -26,31 +27,37 @@ pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
 fn copy_data(from: &File, to: &File) -> io::Result<()> {
     let length = from.metadata()?.len();
     to.set_len(length)?;
-    let end = i64::try_from(length).map_err(io::Error::other)?;
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
-    while at < end {
-        let data = match lseek(from, at, Whence::SeekData) {
-            Ok(data) => data,
-            // Nothing but a hole is left.
-            Err(Errno::ENXIO) => break,
-            // The file system does not know its holes: all of it is data.
-            Err(Errno::EINVAL) => at,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = match lseek(from, data, Whence::SeekHole) {
-            Ok(hole) => hole,
-            Err(_) => end,
-        };
-        copy_range(from, to, data, hole.min(end), &mut buffer)?;
-        at = hole;
+    while let Some(data) = next_data(from, at, length)? {
+        at = data.end;
+        copy_range(from, to, data, &mut buffer)?;
     }
     Ok(())
 }
 
-fn copy_range(from: &File, to: &File, start: i64, end: i64, buffer: &mut [u8]) -> io::Result<()> {
-    let mut at = u64::try_from(start).map_err(io::Error::other)?;
-    let end = u64::try_from(end).map_err(io::Error::other)?;
+/// The first data at or behind `at` and before `end`. The kernel's position in the file changes.
+pub fn next_data(file: &File, at: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+    if at >= end {
+        return Ok(None);
+    }
+    let from = i64::try_from(at).map_err(io::Error::other)?;
+    let start = match lseek(file, from, Whence::SeekData) {
+        Ok(start) => start,
+        // Nothing but a hole is left.
+        Err(Errno::ENXIO) => return Ok(None),
+        // The file system does not know its holes: all of it is data.
+        Err(Errno::EINVAL) => from,
+        Err(error) => return Err(error.into()),
+    };
+    let hole = lseek(file, start, Whence::SeekHole).ok().and_then(|hole| u64::try_from(hole).ok());
+    let start = u64::try_from(start).map_err(io::Error::other)?;
+    let hole = hole.unwrap_or(end).min(end);
+    Ok((start < hole).then_some(start..hole))
+}
+
+fn copy_range(from: &File, to: &File, data: Range<u64>, buffer: &mut [u8]) -> io::Result<()> {
+    let Range { start: mut at, end } = data;
     while at < end {
         let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
         let got = from.read_at(&mut buffer[..want], at)?;

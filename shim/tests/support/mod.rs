@@ -20,7 +20,8 @@ use async_trait::async_trait;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde_json::Value;
 use spore_agent_api::stream::{HEADER_LEN, Hello, Kind};
-use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
+use spore_agent_api::v1::files::watch_event::Kind as Change;
+use spore_agent_api::v1::{container, container_ttrpc, files, files_ttrpc, sandbox, sandbox_ttrpc};
 use spore_agent_api::{RPC_PORT, STDIO_PORT};
 use spore_vmm::api::{
     AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, MAX_MESSAGE, Message, Metrics,
@@ -30,7 +31,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{ChildStderr, ChildStdin, ChildStdout};
 use tokio::sync::watch;
-use ttrpc::r#async::{Server, TtrpcContext};
+use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 
 /// Kernel command line words (`kernel_args`) that make the fake misbehave.
 pub(crate) const HANG: &str = "fake.hang";
@@ -173,13 +174,11 @@ async fn vsock(listener: StdListener, cmdline: String) {
     let path = std::env::temp_dir().join(format!("fake-agent-{}", std::process::id()));
     let mut services = sandbox_ttrpc::create_sandbox(Arc::new(agent.clone()));
     services.extend(container_ttrpc::create_container(Arc::new(agent.clone())));
+    services.extend(files_ttrpc::create_files(Arc::new(agent.clone())));
     let mut server =
         Server::new().bind(&format!("unix://{}", path.display())).unwrap().register_service(services);
     server.start().await.unwrap();
     let listener = UnixListener::from_std(listener).unwrap();
-    let rpc = UnixStream::connect(&path).await.unwrap();
-    std::fs::remove_file(&path).unwrap();
-    let mut rpc = Some(rpc);
     while let Ok((mut stream, _)) = listener.accept().await {
         let mut line = String::new();
         while !line.ends_with('\n') {
@@ -189,7 +188,8 @@ async fn vsock(listener: StdListener, cmdline: String) {
         stream.write_all(b"OK 1073741824\n").await.unwrap();
         match port {
             RPC_PORT => {
-                let mut rpc = rpc.take().expect("one connection of the shim");
+                // One for all calls, and one for each watch.
+                let mut rpc = UnixStream::connect(&path).await.unwrap();
                 tokio::spawn(async move { copy_bidirectional(&mut stream, &mut rpc).await });
             }
             STDIO_PORT => drop(tokio::spawn(stdio(agent.clone(), stream))),
@@ -408,5 +408,41 @@ impl container_ttrpc::Container for Agent {
         // Its init is not the first that it names.
         let processes = vec![process(pid + 1), process(pid)];
         Ok(container::PidsResponse { processes, ..Default::default() })
+    }
+}
+
+/// Names a file whose stat is refused with words for a terminal.
+pub(crate) const HOSTILE: &[u8] = b"/hostile";
+
+#[async_trait]
+impl files_ttrpc::Files for Agent {
+    async fn stat(
+        &self,
+        _: &TtrpcContext,
+        request: files::StatRequest,
+    ) -> ttrpc::Result<files::StatResponse> {
+        if request.path == HOSTILE {
+            return Err(status(ttrpc::Code::NOT_FOUND, "no \x1b[2Jsuch\nfile"));
+        }
+        let size = request.path.len() as u64;
+        let attributes = Some(files::Attributes { size, ..Default::default() }).into();
+        Ok(files::StatResponse { attributes, ..Default::default() })
+    }
+
+    /// Two events, and then nothing more.
+    async fn watch(
+        &self,
+        _: &TtrpcContext,
+        request: files::WatchRequest,
+        events: ServerStreamSender<files::WatchEvent>,
+    ) -> ttrpc::Result<()> {
+        let event = |kind: Change| files::WatchEvent {
+            kind: kind.into(),
+            path: request.path.clone(),
+            ..Default::default()
+        };
+        events.send(&event(Change::WATCHING)).await?;
+        events.send(&event(Change::MODIFIED)).await?;
+        std::future::pending().await
     }
 }

@@ -12,6 +12,7 @@
 
 mod cases;
 mod host;
+mod waiting;
 
 use std::process::ExitCode;
 use std::sync::Arc;

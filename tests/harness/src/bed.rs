@@ -167,6 +167,11 @@ impl Subject {
         self.with(|containerd| containerd.must(args))
     }
 
+    /// `spore ARGS`.
+    pub fn spore<S: AsRef<str>>(&self, args: &[S]) -> Result<Call> {
+        self.with(|containerd| Ok(containerd.spore(args)))
+    }
+
     /// `ctr run --rm` of the busybox image.
     pub fn run(&self, what: &str, command: &[&str]) -> Result<Call> {
         self.run_with(what, &[], image::BUSYBOX, command)

@@ -16,6 +16,7 @@ use crate::wait;
 /// A start takes 4 s on an emulated CPU when nothing else runs.
 const START: Duration = Duration::from_secs(90);
 const STOP: Duration = Duration::from_secs(30);
+const SPORE: &str = "/usr/local/bin/spore";
 
 /// The two runtimes that are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +191,15 @@ impl Containerd {
         command.arg("--address").arg(self.socket());
         command.args(["--namespace", &self.namespace]);
         command.args(args.iter().map(AsRef::as_ref)).env("PATH", path(&self.series));
+        Call::new(command)
+    }
+
+    /// A call of the `spore` command against this instance.
+    pub fn spore<S: AsRef<str>>(&self, args: &[S]) -> Call {
+        let mut command = Command::new(SPORE);
+        command.arg("--address").arg(self.socket());
+        command.args(["--namespace", &self.namespace]);
+        command.args(args.iter().map(AsRef::as_ref));
         Call::new(command)
     }
 

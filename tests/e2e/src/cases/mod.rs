@@ -3,8 +3,11 @@
 mod bad_command;
 mod bad_config;
 mod bad_host;
+mod command;
+mod copy;
 mod environment;
 mod events;
+mod files;
 mod killed;
 mod leftovers;
 mod matrix;
@@ -114,6 +117,9 @@ pub(crate) fn all() -> Vec<Case> {
         rootfs::CASES,
         environment::CASES,
         events::CASES,
+        command::CASES,
+        files::CASES,
+        copy::CASES,
         bad_command::CASES,
         bad_config::CASES,
         leftovers::CASES,

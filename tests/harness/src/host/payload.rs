@@ -28,6 +28,7 @@ const PRODUCT: &[&str] = &[
     "packaging/install",
     "packaging/config.toml",
     "target/x86_64-unknown-linux-gnu/release/containerd-shim-spore-v2",
+    "target/x86_64-unknown-linux-gnu/release/spore",
     "target/x86_64-unknown-linux-gnu/release/spore-vmm",
     "target/x86_64-unknown-linux-gnu/release/spore-fs",
     "target/guest/vmlinuz",

@@ -1,0 +1,71 @@
+//! What a copy has done so far: on a terminal, once it takes more than a second, as a line that
+//! moves.
+
+use std::cell::{Cell, OnceCell};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// What is done sooner is not worth a line.
+const PATIENCE: Duration = Duration::from_secs(1);
+const LINE: &str = "{spinner} {bytes} ({bytes_per_sec}) {wide_msg}";
+
+pub(super) struct Progress {
+    begin: Instant,
+    shown: bool,
+    bar: OnceCell<ProgressBar>,
+    entries: Cell<u64>,
+    bytes: Cell<u64>,
+}
+
+impl Progress {
+    pub(super) fn new() -> Self {
+        Self {
+            begin: Instant::now(),
+            shown: std::io::stderr().is_terminal(),
+            bar: OnceCell::new(),
+            entries: Cell::new(0),
+            bytes: Cell::new(0),
+        }
+    }
+
+    /// An entry is copied.
+    pub(super) fn entry(&self, name: &[u8]) {
+        self.entries.set(self.entries.get() + 1);
+        self.draw(Some(name));
+    }
+
+    /// So many bytes more.
+    pub(super) fn bytes(&self, count: usize) {
+        self.bytes.set(self.bytes.get().saturating_add(count as u64));
+        self.draw(None);
+    }
+
+    fn draw(&self, name: Option<&[u8]>) {
+        if !self.shown || self.begin.elapsed() < PATIENCE {
+            return;
+        }
+        let bar = self.bar.get_or_init(|| {
+            let style =
+                ProgressStyle::with_template(LINE).unwrap_or_else(|_| ProgressStyle::default_spinner());
+            ProgressBar::new_spinner().with_style(style).with_elapsed(self.begin.elapsed())
+        });
+        bar.set_position(self.bytes.get());
+        if let Some(name) = name {
+            bar.set_message(crate::show::name(name));
+        }
+    }
+
+    /// Takes the line away.
+    pub(super) fn finish(&self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Entries and bytes.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        (self.entries.get(), self.bytes.get())
+    }
+}
