@@ -12,6 +12,10 @@ use vm_memory::{GuestMemory, GuestMemoryRegion, GuestRegionMmap};
 
 use super::{Gpa, GuestRam, RamLayout, RamRange};
 
+/// How guest RAM is mapped.
+pub(super) const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+pub(super) const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     #[error("guest memory: {size} bytes at {start:#x} do not fit this host's address space")]
@@ -42,17 +46,28 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
     let (start, size) = (range.start.0, range.size);
     let length = usize::try_from(size).map_err(|_| MapError::TooLarge { start, size })?;
     let region = MmapRegionBuilder::new(length)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .with_mmap_prot(PROTECTION)
+        .with_mmap_flags(FLAGS)
         .build()
         .map_err(|source| MapError::Map { start, size, source })?;
-    // SAFETY: the range is exactly the mapping made above, and MADV_DONTDUMP changes no content.
-    let advised = unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_DONTDUMP) };
-    if advised != 0 {
+    // SAFETY: the range is exactly the mapping made above.
+    unsafe { leave_out_of_core_dumps(region.as_ptr().cast(), length) };
+    GuestRegionMmap::new(region, range.start).ok_or(MapError::TooLarge { start, size })
+}
+
+/// # Safety
+/// The range is a mapping of the caller's.
+pub(super) unsafe fn leave_out_of_core_dumps(address: *mut libc::c_void, length: usize) {
+    // SAFETY: the caller's mapping, and MADV_DONTDUMP changes no content.
+    if unsafe { libc::madvise(address, length, libc::MADV_DONTDUMP) } != 0 {
         let error = io::Error::last_os_error();
         crate::log::warn("memory", format_args!("guest RAM stays part of core dumps: {error}"));
     }
-    GuestRegionMmap::new(region, range.start).ok_or(MapError::TooLarge { start, size })
+}
+
+/// Whether a run of RAM was made as [`map`] makes it, and not of files.
+pub(super) fn is_anonymous(region: &GuestRegionMmap) -> bool {
+    region.flags() & libc::MAP_ANONYMOUS != 0
 }
 
 /// The slots to register with KVM, in ascending order of guest addresses.

@@ -1,11 +1,13 @@
-//! Guest memory: addresses, layout, mappings.
+//! Guest memory: addresses, layout, mappings, and what goes back to the host.
 //!
-//! A [`Gpa`] is an address that the guest sees. Host addresses stay inside `mapping`, which
-//! alone converts between the two.
+//! A [`Gpa`] is an address that the guest sees. Host addresses stay inside `mapping` and
+//! `discard`, which alone convert between the two.
 
+mod discard;
 mod layout;
 mod mapping;
 
+pub use discard::{Discard, DiscardError};
 pub use layout::{RamLayout, RamRange};
 pub use mapping::{MapError, RamSlot, map, slots};
 
