@@ -24,7 +24,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 pub const MAX_FDS: usize = 64;
 /// Most vCPUs of one VM.
 pub const MAX_VCPUS: u8 = 32;
-/// Smallest guest memory in MiB. Less cannot hold a kernel and its initramfs.
+/// Smallest guest memory in MiB, and what a balloon leaves. Less cannot hold a kernel and its initramfs.
 pub const MIN_MEMORY_MIB: u64 = 64;
 /// Largest guest memory in MiB.
 pub const MAX_MEMORY_MIB: u64 = 1024 * 1024;
@@ -66,6 +66,10 @@ pub enum Call {
     /// guest wrote them but with the true length in the header; each request is answered by one
     /// FUSE reply, also those that FUSE leaves unanswered.
     AttachFilesystem { sockets: Vec<FdIndex> },
+    /// Ask the guest to give `target_mib` MiB of its memory up to the host, or to take back what is
+    /// beyond; 0 gives it all. At most the guest's memory less [`MIN_MEMORY_MIB`]. Answered at once:
+    /// the guest follows in its own time and as far as it can, see [`Metrics::balloon`].
+    SetBalloon { target_mib: u64 },
     /// Bring the VM to a quiescent point: vCPUs out of KVM_RUN, no request in flight. Until
     /// `Resume` no device does any work: requests, bytes for the guest and clients wait.
     Pause,
@@ -276,6 +280,8 @@ pub struct Metrics {
     pub vsock: VsockMetrics,
     #[serde(default)]
     pub filesystem: FsMetrics,
+    #[serde(default)]
+    pub balloon: BalloonMetrics,
     pub console_bytes: u64,
     /// Bytes of console output that were dropped: beyond the cap, or because what they go to took
     /// nothing for too long.
@@ -328,4 +334,17 @@ pub struct FsMetrics {
     pub received_bytes: u64,
     /// Requests that the server did not answer.
     pub errors: u64,
+}
+
+/// Memory that the guest gave to the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonMetrics {
+    /// What the balloon shall hold (`SetBalloon`).
+    pub target_bytes: u64,
+    /// What the guest says that it holds.
+    pub actual_bytes: u64,
+    /// Given back by the balloon, in all; the guest may have taken it again.
+    pub inflated_bytes: u64,
+    /// Given back by free page reporting, in all; the guest may have taken it again.
+    pub reported_bytes: u64,
 }

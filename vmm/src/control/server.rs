@@ -221,6 +221,7 @@ impl Server {
                 let shutting_down = self.deadline_at.is_some();
                 self.vm("resume")?.resume(shutting_down)?;
             }
+            Call::SetBalloon { target_mib } => self.vm("balloon")?.set_balloon(target_mib)?,
             Call::Shutdown { deadline_ms } => self.shutdown(Duration::from_millis(deadline_ms))?,
             Call::State => {
                 return Ok(Reply::State(self.vm.as_ref().map_or(VmState::Empty, Vm::state)));
@@ -444,7 +445,9 @@ impl From<StateError> for Failure {
             StateError::WrongState { state: VmState::Ended, .. } => FailureCode::Ended,
             StateError::WrongState { .. } => FailureCode::WrongState,
             StateError::Exhausted { .. } => FailureCode::Exhausted,
-            StateError::Attach(_) | StateError::NoFilesystem => FailureCode::InvalidArgument,
+            StateError::Attach(_) | StateError::NoFilesystem | StateError::Balloon { .. } => {
+                FailureCode::InvalidArgument
+            }
             StateError::Button(_) | StateError::Vcpu(_) | StateError::InFlight { .. } => {
                 FailureCode::HostUnfit
             }

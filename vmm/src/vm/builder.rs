@@ -15,13 +15,14 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DiskSlot, FilesystemSlot, Gauges, StateError, Vm, VmParts, kvm, slots};
-use crate::api::{AttachedDisk, BlkMetrics, DiskSlots, FsMetrics, VsockMetrics};
+use crate::api::{AttachedDisk, BalloonMetrics, BlkMetrics, DiskSlots, FsMetrics, VsockMetrics};
 use crate::arch::{self, CpuModel, HostError, ImageError, MmioDescription, Platform, SetupError, layout};
 use crate::bus::{BusError, MmioBus, PioBus};
 use crate::config::{Console, MachineConfig};
 use crate::devices::power::{KeyboardReset, PowerControl};
 use crate::devices::serial::{CappedOutput, ConsoleCounters, SerialInput, SerialPort};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Blk, BlkHandle};
 use crate::devices::virtio::fs::{Fs, FsHandle};
 use crate::devices::virtio::rng::Rng;
@@ -126,6 +127,9 @@ pub fn build(
     }
     let disk_slots = place_disks(&mut board, disk_slots)?;
     let filesystem = place_filesystem(&mut board, filesystem)?;
+    let balloon = Balloon::new();
+    let balloon_handle = balloon.handle();
+    board.place(slots::BALLOON, Box::new(balloon))?;
     let Board { mmio, described, subscribers, .. } = board;
 
     arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &described })?;
@@ -143,7 +147,7 @@ pub fn build(
         end,
         disks: disk_slots,
         filesystem,
-        gauges: Box::new(DeviceGauges { console, vsock: vsock_handle }),
+        gauges: Box::new(DeviceGauges { console, vsock: vsock_handle, balloon: balloon_handle }),
         power_button,
         ram,
         fd,
@@ -341,6 +345,7 @@ impl FilesystemSlot for FsHandle {
 struct DeviceGauges {
     console: Arc<ConsoleCounters>,
     vsock: Option<VsockHandle>,
+    balloon: BalloonHandle,
 }
 
 impl Gauges for DeviceGauges {
@@ -356,6 +361,14 @@ impl Gauges for DeviceGauges {
 
     fn vsock(&self) -> VsockMetrics {
         self.vsock.as_ref().map(VsockHandle::metrics).unwrap_or_default()
+    }
+
+    fn balloon(&self) -> BalloonMetrics {
+        self.balloon.metrics()
+    }
+
+    fn set_balloon(&self, mib: u64) {
+        self.balloon.set_target(mib);
     }
 
     fn console(&self) -> (u64, u64) {

@@ -13,7 +13,8 @@ pub const VSOCK: usize = 1;
 pub const FIRST_READ_ONLY: usize = 2;
 pub const FIRST_WRITABLE: usize = FIRST_READ_ONLY + MAX_DISK_SLOTS as usize;
 pub const FILESYSTEM: usize = FIRST_WRITABLE + MAX_DISK_SLOTS as usize;
-pub const COUNT: usize = FILESYSTEM + 1;
+pub const BALLOON: usize = FILESYSTEM + 1;
+pub const COUNT: usize = BALLOON + 1;
 
 /// Guest address of a slot's registers.
 pub fn address(slot: usize) -> u64 {
@@ -37,10 +38,10 @@ mod tests {
 
     #[test]
     fn slots_are_where_the_contract_says() {
-        assert_eq!(COUNT, 27);
-        assert_eq!((address(0), address(26)), (0xd000_0000, 0xd001_a000));
-        assert_eq!((gsi(0), gsi(17), gsi(18), gsi(25)), (6, 23, 6, 13));
-        assert_eq!((FIRST_READ_ONLY, FIRST_WRITABLE, FILESYSTEM), (2, 14, 26));
+        assert_eq!(COUNT, 28);
+        assert_eq!((address(0), address(27)), (0xd000_0000, 0xd001_b000));
+        assert_eq!((gsi(0), gsi(17), gsi(18), gsi(27)), (6, 23, 6, 15));
+        assert_eq!((FIRST_READ_ONLY, FIRST_WRITABLE, FILESYSTEM, BALLOON), (2, 14, 26, 27));
         assert_eq!((serial(true, 0), serial(false, 11)), ("ro0".into(), "rw11".into()));
     }
 

@@ -13,11 +13,14 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::{AttachedDisk, BlkMetrics, BootTimes, EndReason, FsMetrics, Metrics, VmState, VsockMetrics};
+use crate::api::{
+    AttachedDisk, BalloonMetrics, BlkMetrics, BootTimes, EndReason, FsMetrics, MIN_MEMORY_MIB, Metrics,
+    VmState, VsockMetrics,
+};
 use crate::config::Disk;
 use crate::end::EndLatch;
 use crate::log;
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::vcpu::{self, ExitCounters, VcpuError, VcpuHandle};
 
 /// How long vCPUs may take to leave the guest. An exit's device access is the longest part.
@@ -38,6 +41,10 @@ pub enum StateError {
     NoFilesystem,
     #[error(transparent)]
     Attach(Box<dyn std::error::Error + Send + Sync>),
+    #[error(
+        "balloon: a target of {target_mib} MiB; of this guest's {memory_mib} MiB at most {max_mib} can be given up"
+    )]
+    Balloon { target_mib: u64, memory_mib: u64, max_mib: u64 },
     #[error("power button: {0}")]
     Button(#[source] io::Error),
     #[error(transparent)]
@@ -66,6 +73,9 @@ pub trait FilesystemSlot {
 /// What the VM reads of its devices and tells them.
 pub trait Gauges {
     fn vsock(&self) -> VsockMetrics;
+    fn balloon(&self) -> BalloonMetrics;
+    /// What the balloon shall hold.
+    fn set_balloon(&self, mib: u64);
     /// Bytes that the guest has sent and host peers have not taken.
     fn unsent(&self) -> u64;
     /// The VM goes on after a pause.
@@ -212,6 +222,18 @@ impl Vm {
         self.require(call, &living, "the guest has ended")
     }
 
+    /// Sets how much of its memory the guest shall give up.
+    pub fn set_balloon(&mut self, target_mib: u64) -> Result<(), StateError> {
+        self.require_living("balloon")?;
+        let memory_mib = memory::slots(self.ram()).iter().map(|slot| slot.size).sum::<u64>() >> 20;
+        let max_mib = memory_mib.saturating_sub(MIN_MEMORY_MIB);
+        if target_mib > max_mib {
+            return Err(StateError::Balloon { target_mib, memory_mib, max_mib });
+        }
+        self.parts.gauges.set_balloon(target_mib);
+        Ok(())
+    }
+
     /// Counters; the times that are not the VM's own are for the caller to fill in.
     pub fn metrics(&self) -> Metrics {
         let (console_bytes, console_dropped) = self.parts.gauges.console();
@@ -221,6 +243,7 @@ impl Vm {
             blk: self.parts.disks.iter().filter(|disk| !disk.is_free()).map(|disk| disk.metrics()).collect(),
             vsock: self.parts.gauges.vsock(),
             filesystem: self.parts.filesystem.as_ref().map(|slot| slot.metrics()).unwrap_or_default(),
+            balloon: self.parts.gauges.balloon(),
             console_bytes,
             console_dropped,
         }

@@ -11,6 +11,7 @@
 //! lock order: transport (one per device) → device handle ([`blk::BlkHandle`], [`fs::FsHandle`]). An
 //! [`Interrupt`] takes no lock.
 
+pub mod balloon;
 pub mod blk;
 pub mod fs;
 pub mod queue;
@@ -90,7 +91,7 @@ impl Pending {
 /// One virtio device. Life cycle: created → (activate → process* → reset)*.
 /// Save, restore and quiescence are the loop's: nothing is in flight between calls.
 pub trait VirtioDevice: Send {
-    /// Virtio device id (section 5): 2 block, 4 entropy, 19 socket, 26 file system.
+    /// Virtio device id (section 5): 2 block, 4 entropy, 5 balloon, 19 socket, 26 file system.
     fn device_type(&self) -> u32;
     /// Short name for logs: `blk-ro0`, `vsock`, `rng`.
     fn name(&self) -> &str;
@@ -101,6 +102,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Maximum size of each queue; the length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
+    /// Whether queue `index` exists for a driver that accepted `features`. Those that may not
+    /// come last.
+    fn needs_queue(&self, _index: u16, _features: u64) -> bool {
+        true
+    }
     /// Reads configuration space. Bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space. Most devices have nothing writable.

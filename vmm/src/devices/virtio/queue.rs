@@ -108,6 +108,11 @@ impl HeldChain {
         self.head
     }
 
+    /// Where the buffers are, for a device that is told of memory itself.
+    pub fn parts(&self) -> &[(Gpa, usize, bool)] {
+        &self.parts
+    }
+
     /// The chain's buffers. Every range was found inside `memory` when the chain was taken.
     pub fn resolve<'m>(&self, memory: &'m GuestRam) -> Chain<'m> {
         let mut chain = Chain { head: self.head, readable: Buffers::default(), writable: Buffers::default() };

@@ -317,7 +317,10 @@ impl MmioTransport {
     fn build_queues(&self) -> Result<Vec<Queue>, String> {
         let sizes = self.device.queue_sizes();
         let mut queues = Vec::with_capacity(sizes.len());
-        for (index, (setup, &max)) in self.queues.iter().zip(sizes).enumerate() {
+        for (index, (setup, &max)) in (0u16..).zip(self.queues.iter().zip(sizes)) {
+            if !self.device.needs_queue(index, self.driver_features) {
+                continue;
+            }
             if !setup.ready {
                 return Err(format!("DRIVER_OK although queue {index} is not ready"));
             }
