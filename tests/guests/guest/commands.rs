@@ -1,6 +1,7 @@
 //! The commands of a script, one function each.
 
 use crate::memory::{BootParams, CHECKSUM_SEED, checksum};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk, MAX_REQUEST, Op, SECTOR, Status};
 use crate::virtio::rng::Rng;
 use crate::virtio::{self};
@@ -16,6 +17,7 @@ type Outcome = Result<(), &'static str>;
 pub struct Machine {
     boot: BootParams,
     disks: [Option<Blk>; virtio::SLOTS as usize],
+    balloon: Option<Balloon>,
 }
 
 /// The arguments of a command.
@@ -33,7 +35,7 @@ impl<'a> Arguments<'a> {
 
 impl Machine {
     pub fn new(boot: BootParams) -> Self {
-        Self { boot, disks: [const { None }; virtio::SLOTS as usize] }
+        Self { boot, disks: [const { None }; virtio::SLOTS as usize], balloon: None }
     }
 
     /// Runs one command and prints its outcome.
@@ -81,6 +83,8 @@ impl Machine {
             "bus" => bus(),
             "rng" => rng(),
             "serve" => services::serve(arguments.0.filter_map(|port| port.parse().ok())),
+            "inflate" | "deflate" | "report" => self.give(name, arguments.number()?),
+            "zeroes" => zeroes(arguments.number()?),
             "disks" => self.list_disks(),
             "disk-wait" => {
                 let (index, sectors) = (self.disk(arguments.text()?)?, arguments.number()?);
@@ -151,6 +155,28 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// `inflate,0`: as much as the host wants; `deflate,MIB` and `report,MIB`: so much. All of it
+    /// from 16 MiB on.
+    fn give(&mut self, name: &str, mib: u64) -> Outcome {
+        if self.balloon.is_none() {
+            self.balloon = Some(Balloon::open()?);
+        }
+        let balloon = self.balloon.as_mut().ok_or("no balloon")?;
+        match name {
+            "report" => balloon.report(DIRTY, mib << 20),
+            "deflate" => {
+                balloon.holds(0);
+                balloon.transfer(false, DIRTY, mib << 8)
+            }
+            _ => {
+                let pages = balloon.wanted();
+                balloon.transfer(true, DIRTY, pages)?;
+                balloon.holds(pages);
+                Ok(())
+            }
+        }
     }
 
     /// The position of the disk whose serial is `serial`, opening disks as needed.
@@ -295,9 +321,24 @@ fn cpuid() -> Outcome {
     Ok(())
 }
 
+/// Where commands find memory that this guest keeps nothing in.
+const DIRTY: u64 = 16 << 20;
+
+/// Fails unless `mib` MiB above 16 MiB read as zero, a word of each page.
+fn zeroes(mib: u64) -> Outcome {
+    for page in (DIRTY..DIRTY + (mib << 20)).step_by(4096) {
+        // SAFETY: the test gave the machine this much memory.
+        if unsafe { (page as *const u64).read_volatile() } != 0 {
+            say!("page {page:#x} is not zero");
+            return Err("memory is not zero");
+        }
+    }
+    Ok(())
+}
+
 /// Writes one word in each page of `mib` MiB above 16 MiB, `rounds` times, at CPL3.
 fn dirty(mib: u64, rounds: u64) -> Outcome {
-    let (start, end) = (16u64 << 20, (16 + mib) << 20);
+    let (start, end) = (DIRTY, DIRTY + (mib << 20));
     for round in 0..rounds {
         for page in (start..end).step_by(4096) {
             // SAFETY: the test gave the machine this much memory.

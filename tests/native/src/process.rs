@@ -61,6 +61,14 @@ pub fn resident_beyond_guest(pid: u32, guest_mib: u64) -> io::Result<u64> {
     Ok(resident)
 }
 
+/// Resident KiB of a process that are no file's: of a VMM, mostly what its guest has touched.
+pub fn resident_anonymous(pid: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
+        .ok_or_else(|| io::Error::other("no RssAnon in the process's status"))
+}
+
 /// A digest of all mappings of at least `guest_mib` MiB, which are the guest's RAM.
 pub fn guest_memory_digest(pid: u32, guest_mib: u64) -> io::Result<u64> {
     let folder = Path::new("/proc").join(pid.to_string());

@@ -11,6 +11,7 @@ mod files;
 mod killed;
 mod leftovers;
 mod matrix;
+mod memory;
 mod output;
 mod rootfs;
 mod signals;
@@ -124,6 +125,7 @@ pub(crate) fn all() -> Vec<Case> {
         bad_config::CASES,
         leftovers::CASES,
         matrix::CASES,
+        memory::CASES,
         killed::CASES,
         bad_host::CASES,
     ]

@@ -1,6 +1,7 @@
 //! A polling driver for virtio-mmio version 2 (virtio 1.2, section 4.2) and split
 //! virtqueues (section 2.7).
 
+pub mod balloon;
 pub mod blk;
 pub mod rng;
 pub mod vsock;
@@ -11,7 +12,7 @@ use crate::{cpu, memory};
 
 const FIRST_SLOT: u64 = 0xd000_0000;
 const SLOT_SIZE: u64 = 0x1000;
-pub const SLOTS: u64 = 26;
+pub const SLOTS: u64 = 28;
 const MAGIC: u32 = 0x7472_6976;
 
 const FEATURES: u64 = 0x10;
@@ -71,6 +72,10 @@ impl Device {
 
     pub fn config32(self, offset: u64) -> u32 {
         self.read(CONFIG + offset)
+    }
+
+    pub fn set_config32(self, offset: u64, value: u32) {
+        self.write(CONFIG + offset, value);
     }
 
     /// Two halves under one generation (section 2.5.1).
