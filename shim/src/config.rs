@@ -17,7 +17,7 @@ pub(crate) const PATH_VARIABLE: &str = "SPORE_CONFIG";
 const PREFIX: &str = "io.spore.";
 const ALLOWED: [&str; 4] = ["vcpus", "memory_mib", "writable_size_mib", "debug"];
 /// Memory that the guest's kernel and agent need beside the container's.
-const GUEST_OVERHEAD_MIB: u64 = 64;
+pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// Smallest class that is chosen from a limit.
 const SMALLEST_CLASS_MIB: u64 = 128;
 const MIN_WRITABLE_MIB: u64 = 16;

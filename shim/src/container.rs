@@ -24,6 +24,7 @@ use ttrpc::Code;
 
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
+use self::limits::Checked;
 use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestError, GuestProcess};
@@ -228,12 +229,20 @@ impl Container {
         Ok(crate::stats::metrics(&files))
     }
 
-    /// Changes limits, within the machine that the container has.
+    /// Changes limits, within the machine that the container has; memory of it that they leave
+    /// unused goes to the host. The container is its machine's only one.
     pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
         self.alive("update")?;
-        let resources = limits::checked(resources, self.vm.machine())?;
-        with_vm(&self.vm, "updating the container", self.guest.update(&self.id, resources)).await
+        let Checked { resources, balloon_mib } = limits::checked(resources, self.vm.machine())?;
+        with_vm(&self.vm, "updating the container", self.guest.update(&self.id, resources)).await?;
+        if let Some(mib) = balloon_mib
+            && let Err(error) = self.vm.set_balloon(mib).await
+        {
+            // The limit is kept all the same.
+            warn!(self.log, "the balloon keeps its size"; "wanted_mib" => mib, "error" => %error);
+        }
+        Ok(())
     }
 
     pub(crate) async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {

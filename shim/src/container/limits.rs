@@ -1,18 +1,38 @@
-//! What Update may ask for: limits that the container's machine can keep.
+//! What Update may ask for: limits that the container's machine can keep, and what of the
+//! machine's memory they leave to the host.
 
 use oci_spec::runtime::LinuxResources;
+use spore_vmm::api::MIN_MEMORY_MIB;
 
-use crate::config::{Machine, cpuset_last};
+use crate::config::{GUEST_OVERHEAD_MIB, Machine, cpuset_last};
 use crate::error::Error;
 
 /// Less than this a container's init cannot be held in.
 const LEAST_MEMORY: i64 = 4 * 1024 * 1024;
 
+/// Limits that the machine can keep.
+#[derive(Debug)]
+pub(super) struct Checked {
+    /// An OCI linux.resources object.
+    pub(super) resources: Vec<u8>,
+    /// What the machine's balloon shall hold from now on; `None` when memory is not named.
+    pub(super) balloon_mib: Option<u64>,
+}
+
+/// The memory that a machine has beyond `limit` bytes for its container and what the guest itself
+/// needs. Without a limit all of it is the container's.
+fn balloon_mib(limit: i64, machine: &Machine) -> u64 {
+    let Ok(limit) = u64::try_from(limit) else { return 0 };
+    let needed = limit.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(MIN_MEMORY_MIB);
+    machine.memory_mib.saturating_sub(needed)
+}
+
 /// Checks an OCI linux.resources object against the machine.
-pub(super) fn checked(json: &[u8], machine: &Machine) -> Result<Vec<u8>, Error> {
+pub(super) fn checked(json: &[u8], machine: &Machine) -> Result<Checked, Error> {
     let resources: LinuxResources = serde_json::from_slice(json)
         .map_err(|error| Error::Invalid(format!("update: linux.resources: malformed: {error}")))?;
-    if let Some(limit) = resources.memory().as_ref().and_then(|memory| memory.limit()) {
+    let limit = resources.memory().as_ref().and_then(|memory| memory.limit());
+    if let Some(limit) = limit {
         let most = i64::try_from(machine.memory_mib << 20).unwrap_or(i64::MAX);
         if limit > most {
             return Err(Error::Invalid(format!(
@@ -47,8 +67,10 @@ pub(super) fn checked(json: &[u8], machine: &Machine) -> Result<Vec<u8>, Error> 
             }
         }
     }
-    serde_json::to_vec(&resources)
-        .map_err(|error| Error::Invalid(format!("update: linux.resources: {error}")))
+    let balloon_mib = limit.map(|limit| balloon_mib(limit, machine));
+    let resources = serde_json::to_vec(&resources)
+        .map_err(|error| Error::Invalid(format!("update: linux.resources: {error}")))?;
+    Ok(Checked { resources, balloon_mib })
 }
 
 #[cfg(test)]
@@ -70,10 +92,25 @@ mod tests {
         let resources =
             json!({ "memory": { "limit": 64 << 20 }, "cpu": { "cpus": "0-1", "quota": 200_000 } });
         let passed = checked(&serde_json::to_vec(&resources).unwrap(), &machine()).unwrap();
-        let passed: serde_json::Value = serde_json::from_slice(&passed).unwrap();
+        let passed: serde_json::Value = serde_json::from_slice(&passed.resources).unwrap();
         assert_eq!(passed["memory"]["limit"], 64 << 20);
         assert!(passed["pids"].is_null());
         checked(b"{\"memory\":{\"limit\":-1}}", &machine()).unwrap();
+    }
+
+    #[test]
+    fn what_a_memory_limit_leaves_goes_to_the_balloon() {
+        let balloon = |resources: serde_json::Value| {
+            checked(&serde_json::to_vec(&resources).unwrap(), &machine()).unwrap().balloon_mib
+        };
+        let limit = |bytes: i64| balloon(json!({ "memory": { "limit": bytes } }));
+        assert_eq!(limit(64 << 20), Some(256 - 64 - GUEST_OVERHEAD_MIB));
+        assert_eq!(limit((64 << 20) - 1), Some(256 - 64 - GUEST_OVERHEAD_MIB));
+        assert_eq!(limit(4 << 20), Some(256 - 4 - GUEST_OVERHEAD_MIB));
+        assert_eq!(limit(192 << 20), Some(0), "the machine's class for this limit");
+        assert_eq!(limit(256 << 20), Some(0), "more than fits beside the guest itself");
+        assert_eq!(limit(-1), Some(0), "no limit");
+        assert_eq!(balloon(json!({ "pids": { "limit": 7 } })), None, "memory is not named");
     }
 
     #[test]

@@ -255,6 +255,12 @@ impl Vm {
         }
     }
 
+    /// Asks the guest to give so much of its memory to the host; it follows in its own time, and
+    /// takes some again rather than run out of memory.
+    pub(crate) async fn set_balloon(&self, target_mib: u64) -> Result<(), VmError> {
+        self.call("set the balloon", Call::SetBalloon { target_mib }, &[]).await.map(drop)
+    }
+
     pub(crate) async fn metrics(&self) -> Result<Metrics, VmError> {
         match self.call("metrics", Call::Metrics, &[]).await? {
             Reply::Metrics(metrics) => Ok(metrics),
