@@ -18,6 +18,7 @@ pub struct Control(OwnedFd);
 
 /// What a wait for a packet came to.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one at a time, on the stack of a test
 pub enum Received {
     Packet(Message, Vec<OwnedFd>),
     /// The VMM closed the socket.

@@ -1,3 +1,4 @@
+#![allow(clippy::cast_possible_truncation)]
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
