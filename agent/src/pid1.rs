@@ -19,6 +19,8 @@ use crate::{power, say, stdio, sys};
 
 /// The host answers the ready connection within this time, or nobody listens.
 const READY_DEADLINE: Duration = Duration::from_secs(5);
+/// When modules are loaded that no container waits for: its start comes first.
+const LATER: Duration = Duration::from_secs(3);
 /// Mounts and unmounts of so many containers go on at a time.
 const WORKERS: usize = 4;
 const STACK: usize = 256 * 1024;
@@ -74,6 +76,10 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     clock.ready_ns.store(monotonic_ns(), Ordering::Relaxed);
     let ready = announce().await;
+    tokio::spawn(async {
+        tokio::time::sleep(LATER).await;
+        tokio::task::spawn_blocking(|| modules::load_listed(modules::LATER)).await
+    });
 
     let pressed = async {
         match &buttons {

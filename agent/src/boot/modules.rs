@@ -13,8 +13,10 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 
 use crate::say;
 
-/// Lists in the initramfs: what every guest needs, and what one with volumes needs besides.
+/// Lists in the initramfs: what every guest needs, what one needs that runs for more than a
+/// moment, and what one with volumes needs besides.
 pub const BOOT: &str = "/etc/spore/modules";
+pub const LATER: &str = "/etc/spore/modules.later";
 pub const VOLUMES: &str = "/etc/spore/modules.volumes";
 
 /// One line of the list.

@@ -19,8 +19,9 @@ pub(crate) const CASES: &[Case] =
 const FILLED: u64 = 150;
 /// MiB beyond what the VMM had before that may stay: page cache, pieces smaller than the guest
 /// reports.
-const MAY_STAY: u64 = 40;
-/// The guest reports free memory every two seconds, a part of it each time.
+const MAY_STAY: u64 = 20;
+/// The guest loads its balloon some seconds after it is ready, and reports a part of its free
+/// memory every two seconds.
 const DEADLINE: Duration = Duration::from_secs(120);
 
 fn freed(subject: &Subject) -> Result<()> {
