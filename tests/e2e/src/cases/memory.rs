@@ -9,8 +9,9 @@ use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::Case;
-use crate::host::child_and_parent;
+
 use spore_harness::bed::Subject;
+use spore_harness::processes::child_and_parent;
 
 pub(crate) const CASES: &[Case] =
     &[Case::new("memory::freed_goes_back_to_the_host", freed).spore_only().since("2.")];
