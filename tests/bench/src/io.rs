@@ -15,8 +15,6 @@ use crate::stats::Sample;
 const MIB: f64 = 32.0;
 const FILES: f64 = 200.0;
 const VOLUME: &str = "/srv/bench/volume";
-/// What a volume's user would put up with: a third of the throughput without a machine between.
-const AIM: f64 = 3.0;
 
 /// What is timed: name, unit, script (with `DIR` for the directory), and the figure that seconds make.
 type Figure = (&'static str, &'static str, &'static str, fn(f64) -> f64);
@@ -73,7 +71,7 @@ pub(crate) fn run(runtime: Runtime, rounds: usize, results: &Path) -> Result<Vec
             let [reference, measured] = samples.map(Sample::new);
             rows.push(Row::new(&format!("{place}: {name}, runc"), unit, &reference));
             let row = Row::new(&format!("{place}: {name}, {}", runtime.name()), unit, &measured);
-            rows.push(row.against(&reference, Some(AIM)));
+            rows.push(row.against(&reference, None));
         }
     }
     for id in &containers {

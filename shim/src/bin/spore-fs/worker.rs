@@ -97,3 +97,78 @@ fn bare(reply: &mut [u8], unique: [u8; 8], errno: i32) -> usize {
     reply[8..16].copy_from_slice(&unique);
     OUT_HEADER
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Opcodes of FUSE that there are, and some that there are not.
+    const OPCODES: std::ops::Range<u32> = 0..60;
+
+    fn service(export: &std::path::Path) -> Service {
+        let tree = Tree::new("/proc/self/fd");
+        tree.export(0, OwnedFd::from(File::open(export).unwrap())).unwrap();
+        Service::new(Arc::new(tree), File::options().write(true).open("/dev/null").unwrap())
+    }
+
+    fn message(opcode: u32, unique: u64, node: u64, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(IN_HEADER + body.len()).unwrap();
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(opcode.to_ne_bytes());
+        bytes.extend(unique.to_ne_bytes());
+        bytes.extend(node.to_ne_bytes());
+        bytes.resize(IN_HEADER, 0);
+        bytes.extend(body);
+        bytes
+    }
+
+    fn body() -> impl Strategy<Value = Vec<u8>> {
+        let name = prop_oneof![
+            Just(b"file\0".to_vec()),
+            Just(b"0\0".to_vec()),
+            Just(b"../outside\0".to_vec()),
+            Just(b"/etc/passwd\0".to_vec()),
+            Just(b"..\0".to_vec()),
+            Just(Vec::new()),
+        ];
+        let numbers =
+            proptest::collection::vec(prop_oneof![Just(0u64), 0..5u64, Just(1 << 32), any::<u64>()], 0..12);
+        (numbers, name.clone(), name).prop_map(|(numbers, one, other)| {
+            let numbers = numbers.into_iter().flat_map(u64::to_ne_bytes);
+            numbers.chain(one).chain(other).collect()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn whatever_a_guest_asks_gets_one_answer_and_nothing_outside_is_touched(
+            asked in proptest::collection::vec((OPCODES, prop_oneof![0..4u64, Just((1 << 32) + 1)], body()), 1..40)
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let export = dir.path().join("export");
+            std::fs::create_dir(&export).unwrap();
+            std::fs::write(export.join("file"), b"content").unwrap();
+            std::fs::write(dir.path().join("outside"), b"secret").unwrap();
+            let service = service(&export);
+            let mut reply = vec![0; MAX_MESSAGE];
+            for (unique, (opcode, node, body)) in (1u64..).zip(asked) {
+                let mut request = message(opcode, unique, node, &body);
+                let length = service.answer(&mut request, &mut reply);
+                prop_assert!(length >= OUT_HEADER, "opcode {opcode}: {length} bytes");
+                let said = u32::from_ne_bytes(reply[..4].try_into().unwrap()) as usize;
+                prop_assert_eq!(said, length, "opcode {}", opcode);
+                prop_assert_eq!(&reply[8..16], &unique.to_ne_bytes()[..], "opcode {}", opcode);
+                let shown = reply[..length].windows(6).any(|part| part == b"secret");
+                prop_assert!(!shown, "opcode {opcode}: what is outside");
+            }
+            prop_assert_eq!(std::fs::read(dir.path().join("outside")).unwrap(), b"secret");
+            prop_assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
+    }
+}
