@@ -2,7 +2,6 @@
 //! machine's memory they leave to the host.
 
 use oci_spec::runtime::LinuxResources;
-use spore_vmm::api::MIN_MEMORY_MIB;
 
 use crate::config::{GUEST_OVERHEAD_MIB, Machine, cpuset_last};
 use crate::error::Error;
@@ -23,7 +22,7 @@ pub(super) struct Checked {
 /// needs. Without a limit all of it is the container's.
 fn balloon_mib(limit: i64, machine: &Machine) -> u64 {
     let Ok(limit) = u64::try_from(limit) else { return 0 };
-    let needed = limit.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(MIN_MEMORY_MIB);
+    let needed = limit.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
     machine.memory_mib.saturating_sub(needed)
 }
 

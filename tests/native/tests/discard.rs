@@ -1,7 +1,7 @@
+#![allow(unsafe_code)] // KVM takes the address of guest memory
 //! What a guest sees of memory that is discarded under it, in RAM that consists of files, as
 //! after a restore. The VMM has no such RAM yet: this one is made here, around one vCPU.
 
-#![allow(unsafe_code)] // KVM takes the address of guest memory
 #![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests fail as tests do.
 
 use std::os::unix::fs::FileExt;
