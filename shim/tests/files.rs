@@ -5,6 +5,7 @@
 
 mod support;
 
+use containerd_shim_protos::api::ShutdownRequest;
 use spore_agent_api::v1::files::watch_event::Kind;
 use spore_agent_api::v1::files::{StatRequest, WatchRequest};
 use spore_agent_api::v1::files_ttrpc::FilesClient;
@@ -56,5 +57,8 @@ async fn files_are_the_guests_while_the_container_is_there() {
     assert_eq!(stopped.0, Code::FAILED_PRECONDITION);
     assert!(stopped.1.contains("cannot reach the files of a stopped container"), "{}", stopped.1);
     task.delete(ctx(), &delete_request(&host)).await.unwrap();
+    let address = host.address();
+    task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();
     host.delete();
+    host.assert_clean(&address);
 }
