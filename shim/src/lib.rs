@@ -1,5 +1,6 @@
 //! `containerd-shim-spore-v2`: the containerd shim of Spore (DESIGN 1, 7), as a library whose
-//! public part is what the `spore` command (`src/bin/spore`) shares with it.
+//! public part is what the `spore` command (`src/bin/spore`) and the file server
+//! (`src/bin/spore-fs`) share with it.
 //!
 //! One binary, several processes. containerd runs it with `start` (spawns the shim
 //! daemon and answers its address), `delete` (reclaims whatever a dead shim left),
@@ -42,6 +43,7 @@ pub use error::chain;
 pub use guest::clean;
 pub use rootfs::next_data;
 pub use rundir::{Running, running};
+pub use volumes::protocol;
 
 /// The whole program.
 pub fn run() -> ExitCode {

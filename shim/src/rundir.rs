@@ -5,7 +5,7 @@
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -101,6 +101,11 @@ impl RunDir {
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// Makes a file, or empties it.
+    pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
+        File::options().write(true).create(true).truncate(true).mode(0o600).open(self.file(name))
     }
 
     /// A short name of `name` for `bind` and `connect`, valid in this process.

@@ -7,7 +7,6 @@
 mod end;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -312,7 +311,7 @@ impl Sandbox {
             return Ok(None);
         }
         let dir_error = |source| Error::RunDir { path: dir.path().into(), source };
-        let log = File::create(dir.file(FILE_SERVER_LOG)).map_err(dir_error)?;
+        let log = dir.create_file(FILE_SERVER_LOG).map_err(dir_error)?;
         let (program, volumes) = (self.context.config.file_server.clone(), bundle.volumes.clone());
         let start = move || FileServer::start(&program, log, &volumes);
         let started = tokio::task::spawn_blocking(start)

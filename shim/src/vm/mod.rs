@@ -9,7 +9,6 @@ mod end;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -138,7 +137,7 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
         let (ours, theirs) = control::pair().map_err(host("make the control socket"))?;
-        let log_file = create(&dir.file(VMM_LOG)).map_err(host("create the VMM's log"))?;
+        let log_file = dir.create_file(VMM_LOG).map_err(host("create the VMM's log"))?;
         // The one descriptor that the VMM inherits. Until it is closed here, whatever else the
         // shim would start inherits it too and would hide our end of file from the VMM: no
         // helper process is started by another thread before the VMM is.
@@ -196,7 +195,7 @@ impl Vm {
     /// Builds the VM and lets it run.
     pub(crate) async fn boot(&self, config: &Config, files: &HostFiles) -> Result<(), VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
-        let console = create(&self.dir.file(CONSOLE)).map_err(host("create the console's log"))?;
+        let console = self.dir.create_file(CONSOLE).map_err(host("create the console's log"))?;
         let listener = UnixListener::bind(self.dir.socket(VSOCK)).map_err(host("make the vsock socket"))?;
         let mut cmdline = spore_vmm::DEFAULT_CMDLINE.to_string();
         for more in [config.kernel_args.as_str(), if self.machine.debug { "loglevel=7" } else { "" }] {
@@ -417,10 +416,6 @@ impl Drop for Vm {
 
 fn unexpected(operation: &'static str, reply: &Reply) -> VmError {
     VmError::Refused { operation, message: format!("unexpected reply {reply:?}") }
-}
-
-fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 /// `process.oomScoreAdj` of an OCI spec; 0 as with runc where there is none.

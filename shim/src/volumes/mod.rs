@@ -6,7 +6,7 @@
 //! kernel refuses writes to a read-only one, and device nodes in all of them.
 
 mod mount;
-mod protocol;
+pub mod protocol;
 mod server;
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -3,21 +3,19 @@
 //! `SCM_RIGHTS`. Each [`Call`] is answered by one [`Answer`], in order. The server ends when the
 //! shim closes the socket, and when the last of its request sockets is closed.
 //!
-//! Part of both programs; depends on nothing else of them.
+//! What the file server shares with the shim; depends on nothing else of it.
 
 use serde::{Deserialize, Serialize};
 
 /// Largest packet in bytes, either direction.
-pub(crate) const MAX_PACKET: usize = 16 * 1024;
+pub const MAX_PACKET: usize = 16 * 1024;
 /// Most descriptors of one packet.
-#[allow(dead_code)]
-pub(crate) const MAX_FDS: usize = 16;
+pub const MAX_FDS: usize = 16;
 
 /// What the shim asks for.
-#[allow(dead_code)] // Save and Restore wait for snapshots; each program uses its half of this.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub(crate) enum Call {
+pub enum Call {
     /// Serve the attached directory or file as `/<id>` of the file system. One descriptor, which
     /// needs be no more than a path (`O_PATH`), of a mount of its own: what may be done with the
     /// files is what that mount allows. At any time; an id is never used again.
@@ -33,4 +31,4 @@ pub(crate) enum Call {
 }
 
 /// The server's answer: nothing, or what is wrong.
-pub(crate) type Answer = Result<(), String>;
+pub type Answer = Result<(), String>;

@@ -7,8 +7,6 @@
 //! its user's file system behind (`confine`): all that it can reach is what it was given.
 
 mod confine;
-#[path = "../../volumes/protocol.rs"]
-mod protocol;
 mod serve;
 mod sys;
 mod tree;

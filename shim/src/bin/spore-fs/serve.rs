@@ -13,9 +13,9 @@ use rustix::net::{
     recvmsg, sendmsg,
 };
 
-use crate::protocol::{Answer, Call, MAX_FDS, MAX_PACKET};
 use crate::tree::{Tree, state};
 use crate::worker::Service;
+use containerd_shim_spore::protocol::{Answer, Call, MAX_FDS, MAX_PACKET};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {

@@ -88,6 +88,13 @@ impl Pending {
     }
 }
 
+/// Copies what there is of a configuration space from `offset` on.
+fn read_space(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
+    let len = data.len().min(config.len() - start);
+    data[..len].copy_from_slice(&config[start..start + len]);
+}
+
 /// One virtio device. Life cycle: created → (activate → process* → reset)*.
 /// Save, restore and quiescence are the loop's: nothing is in flight between calls.
 pub trait VirtioDevice: Send {

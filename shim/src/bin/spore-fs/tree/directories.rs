@@ -1,6 +1,7 @@
 //! Reading directories.
 
 use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -10,7 +11,7 @@ use rustix::fs::{FileType, Mode, OFlags, RawDir, SeekFrom, openat, seek};
 
 use super::Tree;
 use super::handles::Handle;
-use super::inodes::ROOT;
+use super::inodes::{Inode, ROOT};
 
 /// Bytes that are asked of the kernel at a time.
 const CHUNK: usize = 32 * 1024;
@@ -21,9 +22,14 @@ pub(super) fn open(tree: &Tree, inode: u64) -> io::Result<u64> {
         return Ok(tree.handles.insert(Handle::empty(ROOT, 0)));
     }
     let inode = tree.inodes.get(inode)?;
+    let file = readable(&inode)?;
+    Ok(tree.handles.insert(Handle::new(inode.number(), libc::O_DIRECTORY.cast_unsigned(), file)))
+}
+
+/// Opens a known directory for reading.
+pub(super) fn readable(inode: &Inode) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let file = openat(inode.fd()?, c".", flags, Mode::empty())?;
-    Ok(tree.handles.insert(Handle::new(inode.number(), libc::O_DIRECTORY.cast_unsigned(), file.into())))
+    Ok(openat(inode.fd()?, c".", flags, Mode::empty())?.into())
 }
 
 /// Shows entries from `offset` on until `show`, which gets the directory's number too, says that

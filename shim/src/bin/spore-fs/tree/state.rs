@@ -10,9 +10,10 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2, readlinkat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat2, readlinkat};
 use serde::{Deserialize, Serialize};
 
+use super::directories;
 use super::handles::{self, Handle};
 use super::inodes::{Device, Inode, ROOT, Saved, status};
 use super::{Tree, errno};
@@ -140,10 +141,7 @@ fn reopen(tree: &Tree, number: u64, flags: u32) -> io::Result<Handle> {
     }
     let inode = tree.inodes.get(number)?;
     let file = match inode.kind() {
-        FileType::Directory => {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            File::from(openat(inode.fd()?, c".", flags, Mode::empty())?)
-        }
+        FileType::Directory => directories::readable(&inode)?,
         FileType::RegularFile => handles::open(tree, &inode, handles::kept(flags))?,
         _ => return Err(errno(libc::ENXIO)),
     };

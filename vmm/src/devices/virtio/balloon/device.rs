@@ -8,7 +8,7 @@ use virtio_queue::Queue;
 use super::{pages, spec};
 use crate::api::BalloonMetrics;
 use crate::devices::virtio::queue::DeviceQueue;
-use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice};
+use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice, read_space};
 use crate::log::Limited;
 use crate::memory::Discard;
 
@@ -223,9 +223,7 @@ impl VirtioDevice for Balloon {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let shared = lock(&self.shared);
         let config = spec::config(shared.target, shared.actual);
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
-        let len = data.len().min(config.len() - start);
-        data[..len].copy_from_slice(&config[start..start + len]);
+        read_space(&config, offset, data);
     }
 
     /// Only `actual` is the driver's to write, in one piece.

@@ -10,7 +10,7 @@ use super::spec;
 use crate::api::BlkMetrics;
 use crate::backend::disk::{DiskError, RawDisk};
 use crate::devices::virtio::queue::DeviceQueue;
-use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice};
+use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice, read_space};
 
 const DEVICE: &str = "blk";
 /// Bytes moved in one call before other devices get their turn, and before the guest is told
@@ -151,9 +151,7 @@ impl VirtioDevice for Blk {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let capacity = lock(&self.slot).disk.as_ref().map_or(0, RawDisk::sectors);
         let config = spec::config(capacity, self.read_only);
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
-        let len = data.len().min(config.len() - start);
-        data[..len].copy_from_slice(&config[start..start + len]);
+        read_space(&config, offset, data);
     }
 
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError> {

@@ -14,7 +14,7 @@ use crate::api::FsMetrics;
 use crate::backend::unix_socket::Stream;
 use crate::devices::virtio::queue::{DeviceQueue, HeldChain};
 use crate::devices::virtio::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
-use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch};
+use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch, read_space};
 use crate::log::{self, Limited};
 
 const DEVICE: &str = "fs";
@@ -273,9 +273,7 @@ impl VirtioDevice for Fs {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = spec::config(&self.tag);
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
-        let len = data.len().min(config.len() - start);
-        data[..len].copy_from_slice(&config[start..start + len]);
+        read_space(&config, offset, data);
     }
 
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError> {

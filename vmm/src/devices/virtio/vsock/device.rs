@@ -14,7 +14,7 @@ use super::spec::{self, EVENT, HEADER, Header, RX, TX};
 use crate::api::VsockMetrics;
 use crate::devices::virtio::queue::DeviceQueue;
 use crate::devices::virtio::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
-use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch};
+use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch, read_space};
 
 const DEVICE: &str = "vsock";
 /// Packets per call and direction before other devices get their turn. One call sees a whole
@@ -258,9 +258,7 @@ impl VirtioDevice for Vsock {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = u64::from(self.guest_cid).to_le_bytes();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
-        let len = data.len().min(config.len() - start);
-        data[..len].copy_from_slice(&config[start..start + len]);
+        read_space(&config, offset, data);
     }
 
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError> {
