@@ -6,6 +6,7 @@
 //! DESIGN section 6. Imports nothing of the workspace but `spore-agent-api`.
 
 pub mod boot;
+pub mod changes;
 pub mod console;
 pub mod container;
 pub mod error;

@@ -70,7 +70,7 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     let (rpc, streams) = (bind(RPC_PORT)?, bind(STDIO_PORT)?);
     let clock = Arc::new(Clock { started_ns, ready_ns: AtomicU64::new(0) });
     let service = service::serve(rpc, Arc::clone(&registry), Arc::clone(&clock)).await?;
-    let stdio = tokio::spawn(stdio::listener::serve(streams, Arc::clone(&registry.streams)));
+    let stdio = tokio::spawn(stdio::listener::serve(streams, Arc::clone(&registry)));
     let buttons = AcpiEvents::open().inspect_err(|error| say!("power button: {error}")).ok();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -15,7 +15,7 @@ pub(crate) const PATH: &str = "/etc/spore/config.toml";
 pub(crate) const PATH_VARIABLE: &str = "SPORE_CONFIG";
 
 const PREFIX: &str = "io.spore.";
-const ALLOWED: [&str; 4] = ["vcpus", "memory_mib", "writable_size_mib", "debug"];
+const ALLOWED: [&str; 5] = ["vcpus", "memory_mib", "writable_size_mib", "export_changes", "debug"];
 /// Memory that the guest's kernel and agent need beside the container's.
 pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// Smallest class that is chosen from a limit.
@@ -32,7 +32,7 @@ pub enum ConfigError {
     #[error("configuration {path}: {key} is {found}, allowed is {allowed}")]
     Value { path: PathBuf, key: &'static str, found: String, allowed: String },
     #[error(
-        "annotation {name}: not one that a container may set; allowed are io.spore.vcpus, io.spore.memory_mib, io.spore.writable_size_mib, io.spore.debug"
+        "annotation {name}: not one that a container may set; allowed are io.spore.vcpus, io.spore.memory_mib, io.spore.writable_size_mib, io.spore.export_changes, io.spore.debug"
     )]
     AnnotationNotAllowed { name: String },
     #[error("annotation {name}: value {found:?} is not allowed, expected {allowed}")]
@@ -58,6 +58,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Size of a new writable layer.
     pub(crate) writable_size_mib: u64,
+    /// Whether clients that commit, diff or copy see what a container changed.
+    pub(crate) export_changes: bool,
     /// From VMM start until the agent answers.
     pub(crate) boot_deadline_s: u64,
     pub(crate) debug: bool,
@@ -78,6 +80,7 @@ impl Default for Config {
             state_dir: "/var/lib/spore".into(),
             run_dir: "/run/spore".into(),
             writable_size_mib: 10240,
+            export_changes: true,
             boot_deadline_s: 60,
             debug: false,
             timeline: None,
@@ -102,6 +105,7 @@ pub(crate) struct Machine {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u64,
     pub(crate) writable_size_mib: u64,
+    pub(crate) export_changes: bool,
     pub(crate) debug: bool,
 }
 
@@ -196,19 +200,22 @@ impl Config {
             .unwrap_or(self.memory_mib);
         let writable_size_mib = number("writable_size_mib", MIN_WRITABLE_MIB, MAX_WRITABLE_MIB)?
             .unwrap_or(self.writable_size_mib);
-        let debug = match annotations.get("io.spore.debug").map(String::as_str) {
-            None => self.debug,
-            Some("true" | "1") => true,
-            Some("false" | "0") => false,
-            Some(other) => {
-                return Err(ConfigError::AnnotationValue {
-                    name: "io.spore.debug".into(),
+        let switch = |key: &str, default: bool| {
+            let name = format!("{PREFIX}{key}");
+            match annotations.get(&name).map(String::as_str) {
+                None => Ok(default),
+                Some("true" | "1") => Ok(true),
+                Some("false" | "0") => Ok(false),
+                Some(other) => Err(ConfigError::AnnotationValue {
+                    name,
                     found: other.into(),
                     allowed: "\"true\" or \"false\"".into(),
-                });
+                }),
             }
         };
-        Ok(Machine { vcpus, memory_mib, writable_size_mib, debug })
+        let export_changes = switch("export_changes", self.export_changes)?;
+        let debug = switch("debug", self.debug)?;
+        Ok(Machine { vcpus, memory_mib, writable_size_mib, export_changes, debug })
     }
 }
 

@@ -3,6 +3,7 @@
 //! so that TaskStart precedes TaskExit precedes TaskDelete. It is held across calls to the
 //! guest, so what must not wait for a guest (State) reads `phase` without it.
 
+mod changes;
 mod end;
 mod exec;
 mod files;
@@ -31,6 +32,7 @@ use crate::guest::{Guest, GuestError, GuestProcess};
 use crate::holder::Holder;
 use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Stdio, Streams};
+use crate::rootfs::Changes;
 use crate::vm::Vm;
 
 /// How long Delete waits for a client to take the last output (runc's shim: the same).
@@ -88,6 +90,8 @@ pub(crate) struct Container {
     holder: Mutex<Option<Holder>>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     hooks: (Hooks, Told),
+    /// Where they are exported to, if they are.
+    changes: Option<Changes>,
     /// Follows kills for lack of memory.
     memory: Mutex<Option<JoinHandle<()>>>,
 }
@@ -102,6 +106,7 @@ pub(crate) struct Parts {
     pub(crate) streams: Streams,
     pub(crate) holder: Holder,
     pub(crate) hooks: (Hooks, Told),
+    pub(crate) changes: Option<Changes>,
 }
 
 impl Container {
@@ -124,6 +129,7 @@ impl Container {
             holder: Mutex::new(Some(parts.holder)),
             execs: Mutex::default(),
             hooks: parts.hooks,
+            changes: parts.changes,
             memory: Mutex::default(),
         }
     }
@@ -206,10 +212,12 @@ impl Container {
         match (self.phase(), frozen) {
             (Phase::Running, true) => {
                 with_vm(&self.vm, "pausing the container", self.guest.pause(&self.id)).await?;
+                self.export_for_pause().await?;
                 self.enter(Phase::Paused);
                 self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
             (Phase::Paused, false) => {
+                self.take_changes_back().await;
                 with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await?;
                 self.enter(Phase::Running);
                 self.events.send(TaskResumed { container_id: self.id.clone(), ..Default::default() });
@@ -292,6 +300,7 @@ impl Container {
         if !self.streams.drain(patience).await {
             warn!(self.log, "output was not taken in time and is lost");
         }
+        self.export_for_delete(phase).await;
         if !self.is_lost() {
             self.delete_in_guest().await;
         }

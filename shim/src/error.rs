@@ -9,7 +9,7 @@ use crate::guest::GuestError;
 use crate::holder::HolderError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
-use crate::rootfs::RootfsError;
+use crate::rootfs::{ChangesError, RootfsError};
 use crate::vm::VmError;
 use crate::volumes::VolumeError;
 
@@ -44,6 +44,8 @@ pub(crate) enum Error {
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
+    Changes(#[from] ChangesError),
+    #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -66,7 +68,7 @@ impl Error {
             Self::State(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Abandoned(_) => Code::CANCELLED,
-            Self::RunDir { .. } | Self::Holder(_) => Code::INTERNAL,
+            Self::RunDir { .. } | Self::Holder(_) | Self::Changes(_) => Code::INTERNAL,
             // As with runc.
             Self::Hook(_) => Code::UNKNOWN,
             Self::Volume(error) => match error {

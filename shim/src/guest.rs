@@ -373,16 +373,7 @@ impl Guest {
         kind: Kind,
     ) -> Result<UnixStream, GuestError> {
         let fail = |detail: String| GuestError::Connect { what: "open a stdio stream", detail };
-        let hello = Hello { kind, id: id.into(), exec_id: exec_id.into() };
-        let hello = hello.encode().map_err(|error| fail(error.to_string()))?;
-        let open = async {
-            let mut stream = self.vm.connect(STDIO_PORT).await?;
-            stream.write_all(&hello).await?;
-            let answer = stream.read_u8().await?;
-            Ok::<_, std::io::Error>((stream, answer))
-        };
-        let outcome = tokio::time::timeout(CALL, open).await.map_err(|_| fail("timed out".into()))?;
-        let (stream, answer) = outcome.map_err(|error| fail(error.to_string()))?;
+        let (stream, answer) = self.open_stream(id, exec_id, kind, CALL).await.map_err(fail)?;
         match answer {
             stream::ATTACHED => Ok(stream),
             stream::REFUSED_NO_SUCH_PROCESS => Err(fail("the guest knows no such process".into())),
@@ -390,6 +381,47 @@ impl Guest {
             stream::REFUSED_ALREADY_ATTACHED => Err(fail("the stream is attached already".into())),
             other => Err(fail(format!("refused with code {other}"))),
         }
+    }
+
+    /// Opens the archive of what a container that does not run has changed; `None` when it has
+    /// changed nothing.
+    pub(crate) async fn open_changes(
+        &self,
+        id: &str,
+    ) -> Result<Option<std::os::unix::net::UnixStream>, GuestError> {
+        let fail = |detail: String| GuestError::Connect { what: "ask for the container's changes", detail };
+        let (stream, answer) = self.open_stream(id, "", Kind::Changes, CALL).await.map_err(fail)?;
+        match answer {
+            stream::UNCHANGED => Ok(None),
+            stream::ATTACHED => {
+                let blocking = stream.into_std().and_then(|stream| {
+                    stream.set_nonblocking(false)?;
+                    Ok(stream)
+                });
+                blocking.map(Some).map_err(|error| fail(error.to_string()))
+            }
+            other => Err(fail(format!("refused with code {other}"))),
+        }
+    }
+
+    /// A stream and what the agent answered.
+    async fn open_stream(
+        &self,
+        id: &str,
+        exec_id: &str,
+        kind: Kind,
+        deadline: Duration,
+    ) -> Result<(UnixStream, u8), String> {
+        let hello = Hello { kind, id: id.into(), exec_id: exec_id.into() };
+        let hello = hello.encode().map_err(|error| error.to_string())?;
+        let open = async {
+            let mut stream = self.vm.connect(STDIO_PORT).await?;
+            stream.write_all(&hello).await?;
+            let answer = stream.read_u8().await?;
+            Ok::<_, std::io::Error>((stream, answer))
+        };
+        let outcome = tokio::time::timeout(deadline, open).await.map_err(|_| "timed out".to_owned())?;
+        outcome.map_err(|error| error.to_string())
     }
 }
 

@@ -6,7 +6,8 @@
 //! daemon and answers its address), `delete` (reclaims whatever a dead shim left),
 //! `-info` and `-v`. The daemon serves the Task API and owns one sandbox. It re-runs
 //! the binary as `holder` (the process whose pid is the task's), `image-build` and
-//! `image-mkfs` (conversion of layers to EROFS). Only the daemon has an async runtime.
+//! `image-mkfs` (conversion of layers to EROFS), `upper-fill` (what a guest changed). Only the
+//! daemon has an async runtime.
 
 mod bootstrap;
 mod bundle;
@@ -52,6 +53,7 @@ pub fn run() -> ExitCode {
         Some(holder::SUBCOMMAND) => holder::main(&arguments[1..]),
         Some(io::logger::SUBCOMMAND) => io::logger::main(&arguments[1..]),
         Some(rootfs::build::SUBCOMMAND) => rootfs::build::main(),
+        Some(rootfs::changes::helper::SUBCOMMAND) => rootfs::changes::helper::main(&arguments[1..]),
         Some(rootfs::build::MKFS_SUBCOMMAND) => rootfs::build::mkfs_main(),
         _ => containerd(&arguments),
     };

@@ -270,15 +270,19 @@ impl Sandbox {
                 rootfs.lower.push(vm.attach_disk(file, true).await?);
             }
             rootfs.writable = vm.attach_disk(&disks.writable, false).await?;
-            Ok::<_, Error>((rootfs, disks.paths()))
+            Ok::<_, Error>((rootfs, disks.paths(), disks.changes))
         };
-        let (guest, (rootfs, paths)) = tokio::try_join!(guest, disks)?;
+        let (guest, (rootfs, paths, changes)) = tokio::try_join!(guest, disks)?;
 
         let (lower, writable) = (rootfs.lower.clone(), rootfs.writable.clone());
         let created = guest.create(id, bundle.guest_spec, rootfs, stdio.wanted());
         if let Err(error) = with_vm(&vm, "creating the container", created).await {
             let of_a_disk = paths.explain(&lower, &writable, &error.to_string());
             return Err(of_a_disk.map_or(error, Error::from));
+        }
+        // Not before: until now the container is a stopped one, of which clients see the changes.
+        if let Some(changes) = &changes {
+            changes.take_back().await?;
         }
         self.mark("container_created_ns");
         let streams = Streams::attach(&guest, (id, ""), stdio.terminal, ends, log);
@@ -293,6 +297,7 @@ impl Sandbox {
             streams,
             holder,
             hooks: (bundle.hooks, told),
+            changes: changes.filter(|_| machine.export_changes),
         };
         let container = Arc::new(Container::new(parts, self.context.events.clone(), log));
         self.context.events.send(created_event(request, container.pid));

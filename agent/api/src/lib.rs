@@ -16,6 +16,7 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod changes;
 pub mod files;
 pub mod stream;
 

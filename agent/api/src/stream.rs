@@ -8,6 +8,9 @@
 //! closes an output stream when every writer in the guest has closed its end and every
 //! byte has been delivered.
 //!
+//! [`Kind::Changes`] is of a container, not of a process: the archive of its changes
+//! ([`crate::changes`]), which the guest ends; [`UNCHANGED`] answers when there are none.
+//!
 //! Wire form, little-endian: magic `SPIO` · version u8 (1) · kind u8 · id length u16 ·
 //! exec id length u16 · id · exec id.
 
@@ -26,6 +29,8 @@ pub const REFUSED_NO_SUCH_PROCESS: u8 = 1;
 pub const REFUSED_NO_SUCH_STREAM: u8 = 2;
 pub const REFUSED_ALREADY_ATTACHED: u8 = 3;
 pub const REFUSED_MALFORMED: u8 = 4;
+/// Not a refusal: nothing was written, and nothing follows.
+pub const UNCHANGED: u8 = 5;
 
 /// Which stream of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +39,7 @@ pub enum Kind {
     Stdin = 0,
     Stdout = 1,
     Stderr = 2,
+    Changes = 3,
 }
 
 /// Names a stream.
@@ -52,7 +58,7 @@ pub enum HelloError {
     Magic([u8; 4]),
     #[error("stdio stream: version {0} is not known, this build speaks version {VERSION}")]
     Version(u8),
-    #[error("stdio stream: unknown kind {0}, expected 0, 1 or 2")]
+    #[error("stdio stream: unknown kind {0}, expected 0 to 3")]
     Kind(u8),
     #[error("stdio stream: id of {0} bytes, at most {MAX_ID} are allowed")]
     IdTooLong(usize),
@@ -129,6 +135,7 @@ impl TryFrom<u8> for Kind {
             0 => Ok(Self::Stdin),
             1 => Ok(Self::Stdout),
             2 => Ok(Self::Stderr),
+            3 => Ok(Self::Changes),
             other => Err(HelloError::Kind(other)),
         }
     }

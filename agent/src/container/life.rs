@@ -15,7 +15,7 @@ use oci_spec::runtime::LinuxResources;
 use super::cgroup::Cgroup;
 use super::exec::Exec;
 use super::process::{Process, Status};
-use super::rootfs::Rootfs;
+use super::rootfs::{Changes, Rootfs};
 use super::{blocking, remove_dir, update};
 use crate::error::{AgentError, Result};
 use crate::reaper::{Exit, Reaper};
@@ -230,6 +230,24 @@ impl Container {
             Some(((*name).to_owned(), text))
         };
         STATS.iter().filter_map(read).collect()
+    }
+
+    /// Does something with the container's changes while nothing of it runs; neither Resume nor
+    /// Delete comes in between.
+    pub async fn with_changes<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(Changes) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let life = self.life.lock().await;
+        let name = self.name_of("");
+        if self.init.status() == Status::Running && !self.is_paused() {
+            return Err(AgentError::FailedPrecondition(format!("{name}: runs; pause it first")));
+        }
+        let rootfs = life.rootfs.as_ref();
+        let rootfs =
+            rootfs.ok_or_else(|| AgentError::NotFound(format!("{name}: its disks are unmounted")))?;
+        let changes = rootfs.changes();
+        blocking(move || act(changes)).await
     }
 
     /// Changes limits.

@@ -28,6 +28,16 @@ pub struct Rootfs {
     acquired: Vec<String>,
     target: PathBuf,
     mounted: bool,
+    changes: Changes,
+}
+
+/// Where a container's changes are.
+#[derive(Debug, Clone, Default)]
+pub struct Changes {
+    /// The overlay's upper directory.
+    pub upper: PathBuf,
+    /// The directory below it that [`upper_like`] took its mode and owner from.
+    pub like: PathBuf,
 }
 
 impl Rootfs {
@@ -42,8 +52,13 @@ impl Rootfs {
         if writable.is_empty() {
             return Err(AgentError::InvalidArgument("rootfs: no writable disk is named".into()));
         }
-        let mut rootfs =
-            Self { disks: Arc::clone(disks), acquired: Vec::new(), target: target.into(), mounted: false };
+        let mut rootfs = Self {
+            disks: Arc::clone(disks),
+            acquired: Vec::new(),
+            target: target.into(),
+            mounted: false,
+            changes: Changes::default(),
+        };
         let mut layers = Vec::new();
         for serial in lower {
             layers.push(rootfs.acquire(serial, Kind::Image)?);
@@ -55,18 +70,29 @@ impl Rootfs {
         };
         let upper = writable.join("upper");
         let work = writable.join("work");
+        rootfs.changes = Changes { upper: upper.clone(), like: top.clone() };
         upper_like(top, &upper).map_err(|error| failed(&upper, error))?;
         create_dir(&work).map_err(|error| failed(&work, error))?;
         fs::create_dir_all(target).map_err(|error| failed(target, error))?;
 
         let lower: Vec<_> = layers.iter().map(|path| path.display().to_string()).collect();
-        let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), upper.display(), work.display());
+        // Whatever the kernel's defaults: the upper directory alone says what was changed, for it is
+        // exported (see `changes`).
+        let options = format!(
+            "redirect_dir=off,metacopy=off,lowerdir={},upperdir={},workdir={}",
+            lower.join(":"),
+            upper.display(),
+            work.display()
+        );
         mount(Some("overlay"), target, Some("overlay"), MsFlags::empty(), Some(options.as_str())).map_err(
             |error| AgentError::internal(format!("rootfs: mount overlay ({options})"), error.desc()),
         )?;
         rootfs.mounted = true;
         Ok(rootfs)
+    }
+
+    pub fn changes(&self) -> Changes {
+        self.changes.clone()
     }
 
     fn acquire(&mut self, serial: &str, kind: Kind) -> Result<PathBuf> {

@@ -5,10 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use spore_agent_api::stream::{ATTACHED, HEADER_LEN, Hello, MAX_ID, REFUSED_MALFORMED};
+use spore_agent_api::stream::{ATTACHED, HEADER_LEN, Hello, Kind, MAX_ID, REFUSED_MALFORMED};
 
 use super::pump::{self, Watched};
 use super::streams::{self, Streams};
+use crate::changes;
+use crate::container::registry::Registry;
 use crate::say;
 use crate::vsock::VsockListener;
 
@@ -16,32 +18,53 @@ use crate::vsock::VsockListener;
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Serves until the socket does not listen any more, which nothing short of a fault brings about.
-pub async fn serve(listener: VsockListener, streams: Arc<Streams>) -> io::Error {
+pub async fn serve(listener: VsockListener, registry: Arc<Registry>) -> io::Error {
     loop {
         match listener.accept().await {
             Ok(fd) => {
-                tokio::spawn(serve_one(fd, Arc::clone(&streams)));
+                tokio::spawn(serve_any(fd, Arc::clone(&registry)));
             }
             Err(error) => return error,
         }
     }
 }
 
-/// Serves one connection to its end.
+async fn serve_any(fd: OwnedFd, registry: Arc<Registry>) {
+    let Some((connection, hello)) = greet(fd).await else { return };
+    match hello.kind {
+        Kind::Changes => changes::serve(connection, &hello.id, &registry).await,
+        _ => run(connection, &hello, &registry.streams).await,
+    }
+}
+
+/// Serves one connection of a process's stream to its end.
 pub async fn serve_one(fd: OwnedFd, streams: Arc<Streams>) {
+    if let Some((connection, hello)) = greet(fd).await {
+        run(connection, &hello, &streams).await;
+    }
+}
+
+async fn greet(fd: OwnedFd) -> Option<(Watched, Hello)> {
     let connection = match streams::connection(fd) {
         Ok(connection) => connection,
-        Err(error) => return say!("stdio connection: {error}"),
+        Err(error) => {
+            say!("stdio connection: {error}");
+            return None;
+        }
     };
-    let hello = match tokio::time::timeout(HELLO_DEADLINE, read_hello(&connection)).await {
-        Ok(Ok(hello)) => hello,
+    match tokio::time::timeout(HELLO_DEADLINE, read_hello(&connection)).await {
+        Ok(Ok(hello)) => return Some((connection, hello)),
         Ok(Err(error)) => {
             let _ = pump::write_some(&connection, &[REFUSED_MALFORMED]).await;
-            return say!("{error}");
+            say!("{error}");
         }
-        Err(_elapsed) => return say!("stdio connection: no hello within {HELLO_DEADLINE:?}"),
-    };
-    match streams.attach(&hello) {
+        Err(_elapsed) => say!("stdio connection: no hello within {HELLO_DEADLINE:?}"),
+    }
+    None
+}
+
+async fn run(connection: Watched, hello: &Hello, streams: &Streams) {
+    match streams.attach(hello) {
         Ok(attachment) => {
             // A peer that is gone already shows in the first copy.
             let _ = pump::write_some(&connection, &[ATTACHED]).await;

@@ -43,7 +43,9 @@ pub struct ProcessStreams {
 impl ProcessStreams {
     /// Adds the agent's end of a stream.
     pub fn add(&mut self, kind: Kind, end: End) {
-        self.slots[kind as usize] = Some(Arc::new(Mutex::new(Slot::Waiting(end))));
+        if let Some(slot) = self.slots.get_mut(kind as usize) {
+            *slot = Some(Arc::new(Mutex::new(Slot::Waiting(end))));
+        }
     }
 }
 
@@ -80,7 +82,8 @@ impl Streams {
         let processes = lock(&self.processes);
         let key = (hello.id.clone(), hello.exec_id.clone());
         let process = processes.get(&key).ok_or(REFUSED_NO_SUCH_PROCESS)?;
-        let slot = process.slots[hello.kind as usize].as_ref().ok_or(REFUSED_NO_SUCH_STREAM)?;
+        let slot =
+            process.slots.get(hello.kind as usize).and_then(Option::as_ref).ok_or(REFUSED_NO_SUCH_STREAM)?;
         let mut state = lock(slot);
         match std::mem::replace(&mut *state, Slot::Attached) {
             Slot::Waiting(end) => Ok(Attachment { end, slot: Arc::clone(slot) }),

@@ -63,7 +63,7 @@ pub(crate) fn main() -> Result<(), String> {
     build(&job)
 }
 
-fn die_with_parent() -> Result<(), String> {
+pub(super) fn die_with_parent() -> Result<(), String> {
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| format!("PDEATHSIG: {error}"))
 }
 

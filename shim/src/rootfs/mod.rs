@@ -9,6 +9,7 @@
 //! | read-only view | merged layers (cache) | `<state_dir>/ephemeral/<namespace>/<id>/` |
 
 pub(crate) mod build;
+pub(crate) mod changes;
 mod containerd;
 mod garbage;
 mod images;
@@ -31,8 +32,10 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::api::Mount;
 use slog::{Logger, debug, info};
 
+use self::changes::Ground;
+pub(crate) use self::changes::{Changes, ChangesError};
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
-use self::source::{Source, Upper};
+use self::source::Source;
 pub use self::sparse::next_data;
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
@@ -86,6 +89,8 @@ pub(crate) struct Disks {
     pub(crate) lower: Vec<File>,
     /// Locked against a second sandbox as long as any copy of the descriptor is open.
     pub(crate) writable: File,
+    /// For a layer that has an upper directory on the host.
+    pub(crate) changes: Option<Changes>,
 }
 
 /// Which file of the host is which disk. The guest knows its disks by serials only, so what
@@ -135,24 +140,47 @@ pub(crate) async fn prepare(
     private_dir(request.state_dir)?;
     let place = writable::Place::find(&source, request)?;
     place.note(request)?;
+    let (upper, ground) = settle(&source, place.dir()).await?;
     let writable = {
         let (place, state_dir, size) =
             (place.clone(), request.state_dir.to_path_buf(), request.writable_size_mib);
         blocking(move || writable::open(&place, &state_dir, size))
     };
-    let lower = lower(request, &source, place.dir(), log);
+    let lower = lower(request, &source, ground, place.dir(), log);
     if place.is_collected() {
         // Nothing may be made in the directory before it has its owner and its disk is locked.
         let writable = writable.await?;
-        return Ok(Disks { lower: lower.await?, writable });
+        return Ok(Disks { lower: lower.await?, writable, changes: None });
     }
     let (writable, lower) = tokio::join!(writable, lower);
-    Ok(Disks { lower: lower?, writable: writable? })
+    let (lower, writable) = (lower?, writable?);
+    let size = writable.metadata().map_err(|source| RootfsError::Host {
+        operation: "look at the writable layer in",
+        path: place.dir().into(),
+        source,
+    })?;
+    let changes = upper.map(|upper| Changes::new(&upper, place.dir(), size.len()));
+    Ok(Disks { lower, writable, changes })
+}
+
+/// The upper directory, and what of it, or of a copy, the guest gets.
+async fn settle(source: &Source, beside: &Path) -> Result<(Option<PathBuf>, Ground), RootfsError> {
+    let (Source::Overlay { upper: Some(found), .. } | Source::Images { upper: Some(found), .. }) = source
+    else {
+        return Ok((None, Ground::Nothing));
+    };
+    let (upper, beside) = (found.upper.clone(), beside.to_path_buf());
+    let ground = blocking(move || {
+        let _preparing = lock::directory(&beside)?;
+        changes::settle(&upper, &beside)
+    });
+    Ok((Some(found.upper.clone()), ground.await?))
 }
 
 async fn lower(
     request: &Request<'_>,
     source: &Source,
+    ground: Ground,
     beside: &Path,
     log: &Logger,
 ) -> Result<Vec<File>, RootfsError> {
@@ -164,12 +192,12 @@ async fn lower(
             // the user's may have changed since the last task.
             disks.push(images::tree(state_dir, path, &beside.join("base.erofs"), !frozen).await?);
         }
-        Source::Overlay { lowers, upper } => {
-            disks.extend(upper_disk(state_dir, upper.as_ref(), beside).await?);
+        Source::Overlay { lowers, .. } => {
+            disks.extend(upper_disk(state_dir, ground, beside).await?);
             disks.push(merged(request, lowers, log).await?);
         }
-        Source::Images { images, upper } => {
-            disks.extend(upper_disk(state_dir, upper.as_ref(), beside).await?);
+        Source::Images { images, .. } => {
+            disks.extend(upper_disk(state_dir, ground, beside).await?);
             if images.len() <= usize::from(MOST_LAYER_DISKS) {
                 for image in images {
                     disks.push(images::open(image)?);
@@ -200,14 +228,10 @@ async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Resu
     images::merged(request.state_dir, &key, lowers).await
 }
 
-async fn upper_disk(
-    state_dir: &Path,
-    upper: Option<&Upper>,
-    beside: &Path,
-) -> Result<Option<File>, RootfsError> {
-    match upper {
-        Some(upper) => upper::image(state_dir, upper, beside).await,
-        None => Ok(None),
+async fn upper_disk(state_dir: &Path, ground: Ground, beside: &Path) -> Result<Option<File>, RootfsError> {
+    match ground {
+        Ground::Directory(directory) => upper::image(state_dir, &directory, beside).await,
+        Ground::Nothing => Ok(None),
     }
 }
 
@@ -236,8 +260,11 @@ mod tests {
     fn what_the_agent_says_of_a_disk_is_told_with_the_hosts_file() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str| File::create(dir.path().join(name)).unwrap();
-        let disks =
-            Disks { lower: vec![file("upper.erofs"), file("chain.erofs")], writable: file("writable.ext4") };
+        let disks = Disks {
+            lower: vec![file("upper.erofs"), file("chain.erofs")],
+            writable: file("writable.ext4"),
+            changes: None,
+        };
         let lower = ["ro0".to_string(), "ro1".to_string()];
         let explain = |said: &str| {
             disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()

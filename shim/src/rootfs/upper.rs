@@ -10,18 +10,17 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::images::{self, hex};
-use super::source::Upper;
 use super::{RootfsError, blocking};
 
 /// Opens the image of the upper directory, made anew when the directory changed. `None`
 /// when there is nothing in it.
 pub(super) async fn image(
     state_dir: &Path,
-    upper: &Upper,
+    directory: &Path,
     beside: &Path,
 ) -> Result<Option<File>, RootfsError> {
-    refreshed(&upper.upper, beside, async |target: &Path, replace| {
-        images::tree(state_dir, &upper.upper, target, replace).await
+    refreshed(directory, beside, async |target: &Path, replace| {
+        images::tree(state_dir, directory, target, replace).await
     })
     .await
 }
@@ -66,6 +65,18 @@ fn remove(path: &Path) -> Result<(), RootfsError> {
 /// A digest of everything below `root` but the data: no change of data leaves the change
 /// time as it was. `None` for an empty directory. Fails with the path concerned.
 fn stamp(root: &Path) -> Result<Option<String>, (PathBuf, io::Error)> {
+    let Some(mut hash) = below(root)? else { return Ok(None) };
+    let metadata = std::fs::symlink_metadata(root).map_err(|error| (root.into(), error))?;
+    add(&mut hash, &metadata);
+    Ok(Some(hex(&hash.finalize())))
+}
+
+/// The same without the directory's own metadata: mounting an overlay with it changes these.
+pub(super) fn content(root: &Path) -> Result<Option<String>, (PathBuf, io::Error)> {
+    Ok(below(root)?.map(|hash| hex(&hash.finalize())))
+}
+
+fn below(root: &Path) -> Result<Option<Sha256>, (PathBuf, io::Error)> {
     let mut hash = Sha256::new();
     let mut directories = vec![root.to_path_buf()];
     let mut count = 0_u64;
@@ -83,12 +94,7 @@ fn stamp(root: &Path) -> Result<Option<String>, (PathBuf, io::Error)> {
             }
         }
     }
-    if count == 0 {
-        return Ok(None);
-    }
-    let metadata = std::fs::symlink_metadata(root).map_err(|error| (root.into(), error))?;
-    add(&mut hash, &metadata);
-    Ok(Some(hex(&hash.finalize())))
+    Ok((count > 0).then_some(hash))
 }
 
 /// The directory's entries in a fixed order. What vanishes meanwhile is not there.

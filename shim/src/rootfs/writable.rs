@@ -120,7 +120,7 @@ pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<Fil
 
 /// The lock belongs to the open file, of which the VMM gets a descriptor: it lasts as long
 /// as the VM does.
-fn open_locked(disk: &Path) -> Result<File, RootfsError> {
+pub(super) fn open_locked(disk: &Path) -> Result<File, RootfsError> {
     let file = OpenOptions::new().read(true).write(true).open(disk).map_err(host("open", disk))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -149,7 +149,7 @@ fn remove_stale(disk: &Path) -> Result<(), RootfsError> {
     std::fs::remove_file(disk).map_err(host("remove", disk))
 }
 
-fn host(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {
+pub(super) fn host(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {
     let path = path.to_path_buf();
     move |source| match source.raw_os_error() {
         Some(libc::ENOSPC) => RootfsError::DiskFull { path, detail: format!("{operation}: {source}") },
@@ -162,7 +162,7 @@ fn create(path: &Path) -> io::Result<File> {
 }
 
 /// Makes a file under a temporary name; it appears complete and durable, or not at all.
-fn publish(dir: &Path, name: &str, make: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+pub(super) fn publish(dir: &Path, name: &str, make: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     let temporary = Temporary::new(dir, name);
     let file = create(temporary.path())?;
     make(&file)?;
