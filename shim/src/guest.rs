@@ -373,7 +373,7 @@ impl Guest {
         kind: Kind,
     ) -> Result<UnixStream, GuestError> {
         let fail = |detail: String| GuestError::Connect { what: "open a stdio stream", detail };
-        let (stream, answer) = self.open_stream(id, exec_id, kind, CALL).await.map_err(fail)?;
+        let (stream, answer) = self.open_stream(id, exec_id, kind).await.map_err(fail)?;
         match answer {
             stream::ATTACHED => Ok(stream),
             stream::REFUSED_NO_SUCH_PROCESS => Err(fail("the guest knows no such process".into())),
@@ -390,7 +390,7 @@ impl Guest {
         id: &str,
     ) -> Result<Option<std::os::unix::net::UnixStream>, GuestError> {
         let fail = |detail: String| GuestError::Connect { what: "ask for the container's changes", detail };
-        let (stream, answer) = self.open_stream(id, "", Kind::Changes, CALL).await.map_err(fail)?;
+        let (stream, answer) = self.open_stream(id, "", Kind::Changes).await.map_err(fail)?;
         match answer {
             stream::UNCHANGED => Ok(None),
             stream::ATTACHED => {
@@ -405,13 +405,7 @@ impl Guest {
     }
 
     /// A stream and what the agent answered.
-    async fn open_stream(
-        &self,
-        id: &str,
-        exec_id: &str,
-        kind: Kind,
-        deadline: Duration,
-    ) -> Result<(UnixStream, u8), String> {
+    async fn open_stream(&self, id: &str, exec_id: &str, kind: Kind) -> Result<(UnixStream, u8), String> {
         let hello = Hello { kind, id: id.into(), exec_id: exec_id.into() };
         let hello = hello.encode().map_err(|error| error.to_string())?;
         let open = async {
@@ -420,7 +414,7 @@ impl Guest {
             let answer = stream.read_u8().await?;
             Ok::<_, std::io::Error>((stream, answer))
         };
-        let outcome = tokio::time::timeout(deadline, open).await.map_err(|_| "timed out".to_owned())?;
+        let outcome = tokio::time::timeout(CALL, open).await.map_err(|_| "timed out".to_owned())?;
         outcome.map_err(|error| error.to_string())
     }
 }

@@ -344,3 +344,76 @@ fn a_holder_has_its_own_network_namespace_and_ends_with_its_pipe() {
     let text = String::from_utf8_lossy(&refused.stdout);
     assert!(!refused.status.success() && text.contains("/no/such/netns") && text.contains("open"), "{text}");
 }
+
+/// An archive of changes as the guest's agent sends it: an opaque directory, a file in it, a whiteout.
+fn changes() -> Vec<u8> {
+    use spore_agent_api::changes::{BLOCK, END, OPAQUE, PATH, XATTR, push_record};
+    use tar::{EntryType, Header};
+
+    let mut archive = Vec::new();
+    let mut block = |kind, data: &[u8]| {
+        let mut header = Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_mode(0o755);
+        header.set_uid(7);
+        header.set_gid(8);
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        archive.extend_from_slice(header.as_bytes());
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(BLOCK), 0);
+    };
+    let opaque = format!("{XATTR}{OPAQUE}");
+    for (kind, path, attribute, data) in [
+        (EntryType::Directory, ".", None, ""),
+        (EntryType::Directory, "opaque", Some(&opaque), ""),
+        (EntryType::Regular, "opaque/file", None, "data"),
+        (EntryType::Char, "removed", None, ""),
+    ] {
+        let mut records = Vec::new();
+        push_record(&mut records, PATH.as_bytes(), path.as_bytes());
+        if let Some(name) = attribute {
+            push_record(&mut records, name.as_bytes(), b"y");
+        }
+        block(EntryType::XHeader, &records);
+        block(kind, data.as_bytes());
+    }
+    let mut end = Vec::new();
+    push_record(&mut end, END.as_bytes(), b"");
+    block(EntryType::XGlobalHeader, &end);
+    archive
+}
+
+#[test]
+fn a_guests_changes_are_applied_by_a_confined_helper() {
+    let dir = tempfile::tempdir().unwrap();
+    let fill = |archive: &[u8], bytes: &str| {
+        let mut child = Command::new(SHIM)
+            .arg("upper-fill")
+            .arg(dir.path())
+            .args(["100", bytes])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A helper that refuses does not read to the end.
+        let _ = child.stdin.take().unwrap().write_all(archive);
+        child.wait_with_output().unwrap()
+    };
+    let output = fill(&changes(), "1000");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.stdout, b"0\n");
+    let file = std::fs::metadata(dir.path().join("opaque/file")).unwrap();
+    assert_eq!((file.uid(), file.gid(), file.len()), (7, 8, 4));
+    let mut value = [0; 8];
+    let opaque = dir.path().join("opaque");
+    assert_eq!(rustix::fs::getxattr(opaque, "trusted.overlay.opaque", &mut value[..]).unwrap(), 1);
+    assert_eq!(std::fs::symlink_metadata(dir.path().join("removed")).unwrap().rdev(), 0);
+    // Again over what is there, with a disk that cannot have held it.
+    let output = fill(&changes(), "3");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && message.contains("more than 3 bytes"), "{message}");
+    let output = fill(&changes()[..2048], "1000");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("ended early"));
+}

@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,12 +59,81 @@ fn send(changes: &Changes, socket: OwnedFd) -> io::Result<()> {
     archive.flush()
 }
 
-/// Whether anything was written: most containers write nothing.
+/// Most entries of a directory that is compared instead of sent.
+const MAX_FINGERPRINT: usize = 64;
+
+/// The entries of a small directory tree, with what changes when they do.
+pub type Fingerprint = Vec<(PathBuf, u64, i64, i64)>;
+
+/// `None` for a tree that is large, or cannot be read.
+pub fn fingerprint(upper: &Path) -> Option<Fingerprint> {
+    let mut found = Vec::new();
+    let mut directories = vec![upper.to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        let metadata = fs::symlink_metadata(&directory).ok()?;
+        found.push((directory.clone(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec()));
+        if !metadata.is_dir() {
+            continue;
+        }
+        for entry in fs::read_dir(&directory).ok()? {
+            directories.push(entry.ok()?.path());
+        }
+        if found.len() + directories.len() > MAX_FINGERPRINT {
+            return None;
+        }
+    }
+    found.sort_unstable();
+    Some(found)
+}
+
+/// Whether anything was written: most containers write nothing. The mount points that were
+/// made for a container are no change of its own.
 fn has_changed(changes: &Changes) -> io::Result<bool> {
+    if changes.prepared.is_some() && changes.prepared == fingerprint(&changes.upper) {
+        return Ok(false);
+    }
     if fs::read_dir(&changes.upper)?.next().is_some() {
         return Ok(true);
     }
     let (upper, like) = (fs::metadata(&changes.upper)?, fs::metadata(&changes.like)?);
     let about = |metadata: &fs::Metadata| (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
     Ok(about(&upper) != about(&like))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// What the host gets first.
+    fn answer(changes: &Changes) -> u8 {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(changes, theirs.into()).unwrap();
+        let mut answer = [0];
+        (&ours).read_exact(&mut answer).unwrap();
+        answer[0]
+    }
+
+    #[test]
+    fn only_what_was_written_is_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, like) = (dir.path().join("upper"), dir.path().join("like"));
+        for path in [&upper, &like] {
+            fs::create_dir(path).unwrap();
+        }
+        let mut changes = Changes { upper: upper.clone(), like, fresh: true, prepared: None };
+        assert_eq!(answer(&changes), UNCHANGED, "empty");
+        fs::create_dir(upper.join("run")).unwrap();
+        assert_eq!(answer(&changes), ATTACHED, "of an earlier task, as far as is known");
+        changes.prepared = fingerprint(&upper);
+        assert_eq!(answer(&changes), UNCHANGED, "a mount point");
+        fs::create_dir(upper.join("run/below")).unwrap();
+        assert_eq!(answer(&changes), ATTACHED);
+        for number in 0..MAX_FINGERPRINT {
+            fs::write(upper.join(number.to_string()), b"").unwrap();
+        }
+        assert_eq!(fingerprint(&upper), None, "it is not small");
+    }
 }

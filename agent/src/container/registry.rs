@@ -208,6 +208,7 @@ impl Registry {
             }
         };
         cleanup.keep();
+        rootfs.note_prepared();
         // Before the process runs. A kernel without cgroup BPF leaves the guest itself as the
         // boundary, which is said once per container.
         if let Err(error) = devices::apply(cgroup.path(), &prepared.devices) {

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, mkdirat};
 
 use super::disks::{Disks, Kind};
+use crate::changes;
 use crate::error::{AgentError, Result};
 
 /// Most images that one root is joined from: all read-only slots of a guest.
@@ -38,6 +39,10 @@ pub struct Changes {
     pub upper: PathBuf,
     /// The directory below it that [`upper_like`] took its mode and owner from.
     pub like: PathBuf,
+    /// It was made for this container; before that there were no changes.
+    pub fresh: bool,
+    /// What was in a fresh one before the container ran: its mount points.
+    pub prepared: Option<changes::Fingerprint>,
 }
 
 impl Rootfs {
@@ -70,8 +75,9 @@ impl Rootfs {
         };
         let upper = writable.join("upper");
         let work = writable.join("work");
-        rootfs.changes = Changes { upper: upper.clone(), like: top.clone() };
-        upper_like(top, &upper).map_err(|error| failed(&upper, error))?;
+        let fresh = upper_like(top, &upper).map_err(|error| failed(&upper, error))?;
+        rootfs.changes = Changes { upper, like: top.clone(), fresh, prepared: None };
+        let upper = &rootfs.changes.upper;
         create_dir(&work).map_err(|error| failed(&work, error))?;
         fs::create_dir_all(target).map_err(|error| failed(target, error))?;
 
@@ -89,6 +95,13 @@ impl Rootfs {
         )?;
         rootfs.mounted = true;
         Ok(rootfs)
+    }
+
+    /// To be called when everything is mounted in it and nothing has run.
+    pub fn note_prepared(&mut self) {
+        if self.changes.fresh {
+            self.changes.prepared = changes::fingerprint(&self.changes.upper);
+        }
     }
 
     pub fn changes(&self) -> Changes {
@@ -156,15 +169,16 @@ fn create_dir(path: &Path) -> io::Result<()> {
 }
 
 /// The merged tree shows the upper directory's own mode and owner at `/`; a new one takes
-/// those of the image.
-fn upper_like(image: &Path, upper: &Path) -> io::Result<()> {
+/// those of the image. Whether it is new.
+fn upper_like(image: &Path, upper: &Path) -> io::Result<bool> {
     if upper.exists() {
-        return Ok(());
+        return Ok(false);
     }
     let like = fs::metadata(image)?;
     fs::create_dir(upper)?;
     std::os::unix::fs::chown(upper, Some(like.uid()), Some(like.gid()))?;
-    fs::set_permissions(upper, fs::Permissions::from_mode(like.mode() & 0o7777))
+    fs::set_permissions(upper, fs::Permissions::from_mode(like.mode() & 0o7777))?;
+    Ok(true)
 }
 
 /// `mkdir -p` inside `root`: links are followed as inside the container, never out of it.

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde_json::Value;
-use spore_agent_api::stream::{HEADER_LEN, Hello, Kind};
+use spore_agent_api::stream::{HEADER_LEN, Hello, Kind, UNCHANGED};
 use spore_agent_api::v1::files::watch_event::Kind as Change;
 use spore_agent_api::v1::{container, container_ttrpc, files, files_ttrpc, sandbox, sandbox_ttrpc};
 use spore_agent_api::{RPC_PORT, STDIO_PORT};
@@ -204,6 +204,9 @@ async fn stdio(agent: Agent, mut stream: UnixStream) {
     let mut body = vec![0; Hello::body_len(&header).unwrap()];
     stream.read_exact(&mut body).await.unwrap();
     let hello = Hello::decode(&header, &body).unwrap();
+    if hello.kind == Kind::Changes {
+        return stream.write_all(&[UNCHANGED]).await.unwrap();
+    }
     stream.write_all(&[0]).await.unwrap();
     let mut processes = agent.processes.lock().unwrap();
     processes.get_mut(&hello.id).unwrap().attached.insert(hello.kind as u8, stream);

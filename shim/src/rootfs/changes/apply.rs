@@ -65,7 +65,8 @@ fn reach(root: &OwnedFd, names: &[Vec<u8>]) -> Result<OwnedFd, Errno> {
 /// The directory that an entry is in, and the entry's name there.
 fn parent<'a>(root: &OwnedFd, names: &'a Names) -> Result<(OwnedFd, &'a [u8]), ApplyError> {
     let (name, above) = names.split_last().ok_or_else(|| host(names, "look up")(Errno::INVAL))?;
-    Ok((reach(root, above).map_err(host(names, "open its directory"))?, name))
+    let directory = reach(root, above).map_err(host(names, "open its directory"))?;
+    Ok((directory, name.as_slice()))
 }
 
 fn close(root: &OwnedFd, directory: Option<(Names, (i64, i64))>) -> Result<(), ApplyError> {

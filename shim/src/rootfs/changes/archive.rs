@@ -299,12 +299,12 @@ fn parse_path(path: &[u8]) -> Result<Names, ArchiveError> {
     }
     let refused = |detail| ArchiveError::Entry { path: shown(&[path.to_vec()]), detail };
     if path.len() > MAX_PATH || path.contains(&0) {
-        return Err(refused("a path that no file can have"));
+        return Err(refused("a path that is too long or has a zero byte"));
     }
     let names: Names = path.split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect();
     let is_name = |name: &Vec<u8>| !matches!(name.as_slice(), b"" | b"." | b"..") && name.len() <= MAX_NAME;
     if !names.iter().all(is_name) {
-        return Err(refused("a path that leaves its directory, or is written in a roundabout way"));
+        return Err(refused("a path that leaves its directory, or has a name that no file can have"));
     }
     Ok(names)
 }

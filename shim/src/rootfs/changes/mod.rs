@@ -18,8 +18,6 @@ mod apply;
 mod archive;
 mod confine;
 pub(crate) mod helper;
-#[cfg(test)]
-mod tests;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -275,3 +273,6 @@ fn copy(from: &Path, to: &Path) -> Result<(), RootfsError> {
     let text = String::from_utf8_lossy(&result.stderr).trim().replace('\n', " | ");
     Err(failed("copy", from)(io::Error::other(format!("cp: {}: {text}", result.status))))
 }
+
+#[cfg(test)]
+mod tests;

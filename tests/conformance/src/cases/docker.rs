@@ -1,5 +1,7 @@
 //! Docker's engine and command over the same containerd, without networks.
 
+pub(crate) mod changes;
+
 use std::fs;
 use std::time::Duration;
 

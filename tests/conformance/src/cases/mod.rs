@@ -1,5 +1,6 @@
 //! The cases, one module per part of the interface.
 
+mod changes;
 mod counts;
 mod docker;
 mod exec;
@@ -55,7 +56,8 @@ impl Case {
 
 /// The cases for one series of containerd.
 pub(crate) fn all(series: &str) -> Vec<Case> {
-    let docker = if series == docker::SERIES { docker::CASES } else { &[] };
+    let (docker, docker_changes) =
+        if series == docker::SERIES { (docker::CASES, docker::changes::CASES) } else { (&[][..], &[][..]) };
     [
         exec::CASES,
         processes::CASES,
@@ -66,8 +68,10 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         limits::CASES,
         restart::CASES,
         volumes::CASES,
+        changes::CASES,
         counts::CASES,
         docker,
+        docker_changes,
     ]
     .concat()
 }
