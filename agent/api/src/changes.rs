@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn records_of_any_bytes_and_length_are_read_back() {
         for length in [0, 1, 83, 84, 85, 86, 90, 980, 990, 1000, 70_000] {
-            let value: Vec<u8> = (0..length).map(|number: u32| (number % 256) as u8).collect();
+            let value: Vec<u8> = (0..=u8::MAX).cycle().take(length).collect();
             let mut records = Vec::new();
             push_record(&mut records, b"key", &value);
             push_record(&mut records, b"other", b"\n=1");

@@ -89,21 +89,22 @@ impl Changes {
     /// Exports what the guest sends on `stream`; without one it has changed nothing. Returns how
     /// much could not be exported. What fails leaves the directory as it was.
     pub(crate) async fn export(&self, stream: Option<UnixStream>) -> Result<u64, ChangesError> {
-        let Some(stream) = stream else {
-            self.take_back().await?;
-            return Ok(0);
+        let outcome = match stream {
+            Some(stream) => self.fill(stream).await,
+            None => self.take_back().await.map(|()| 0),
         };
-        self.off_thread("prepare", |layer| layer.begin()).await?;
-        match helper::fill(&self.upper, self.limits, stream).await {
-            Ok(skipped) => {
-                self.off_thread("complete", |layer| layer.complete()).await?;
-                Ok(skipped)
-            }
-            Err(detail) => {
-                self.fail(&detail).await?;
-                Err(self.error("export")(detail))
-            }
+        if let Err(error) = &outcome {
+            self.fail(&error.detail).await?;
         }
+        outcome
+    }
+
+    async fn fill(&self, stream: UnixStream) -> Result<u64, ChangesError> {
+        self.off_thread("prepare", |layer| layer.begin()).await?;
+        let filled = helper::fill(&self.upper, self.limits, stream).await;
+        let skipped = filled.map_err(self.error("export"))?;
+        self.off_thread("complete", |layer| layer.complete()).await?;
+        Ok(skipped)
     }
 
     /// Notes why there are no changes, and leaves the directory as it was.
@@ -187,9 +188,6 @@ impl Layer {
     /// Puts what the directory holds aside, for the changes to come over it.
     fn begin(&self) -> Result<(), RootfsError> {
         self.undo(None)?;
-        for name in [BASE, BASE_UNFINISHED] {
-            remove_tree(&self.file(name))?;
-        }
         let base = self.stamp()?.is_some();
         if base {
             copy(&self.upper, &self.file(BASE_UNFINISHED))?;
@@ -222,7 +220,8 @@ impl Layer {
             Some(reason) => self.mark(&Marker::Failed { reason })?,
             None => remove_file(&self.file(MARKER))?,
         }
-        // Without the marker nobody looks at it.
+        // Without the marker nobody looks at them.
+        remove_tree(&self.file(BASE_UNFINISHED))?;
         remove_tree(&self.file(BASE))
     }
 
