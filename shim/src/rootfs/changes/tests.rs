@@ -191,6 +191,7 @@ fn a_hostile_archive_is_refused_and_nothing_outside_is_touched() {
         header.set_entry_type(EntryType::Char);
         header.set_device_major(1).unwrap();
         header.set_device_minor(3).unwrap();
+        header.set_size(0);
         root().records(EntryType::XHeader, &[(PATH, "null")]).block(&mut header, b"").end()
     };
     let cases: Vec<(&str, Vec<u8>)> = vec![
