@@ -38,9 +38,9 @@ bench: guest ## measure against runc, into target/bench: make bench [SUITE=colds
 	@cp target/testbed/spore-bench/*.json target/bench/
 	@echo "results: $$(ls target/bench/*.json | tr '\n' ' ')"
 
-soak: guest ## the long counts; writes tests/soak-report.md
+soak: guest ## the long counts, with reports in tests: make soak [SUITE=e2e|conformance]
 	@$(STEP) "Debian packages for the test bed" packaging/need ground
-	@$(STEP) "Soak" packaging/soak
+	@$(STEP) "Soak" packaging/soak $(SUITE)
 
 lint: ## formatting, clippy, shell scripts
 	@$(STEP) "Debian packages for linting" packaging/need build lint

@@ -10,7 +10,7 @@ use serde_json::Value;
 use spore_agent_api::MOUNT_TYPES;
 
 use crate::config::{Limits, cpuset_count};
-use crate::hooks::Hooks;
+use crate::hooks::{Hooks, Told};
 use crate::volumes::{self, Volume};
 
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +59,17 @@ impl Bundle {
         let bytes =
             std::fs::read(&file).map_err(|source| BundleError::Read { path: file.clone(), source })?;
         Self::parse(path, &bytes)
+    }
+
+    /// What the hooks of container `id` are told.
+    pub(crate) fn told(&self, id: &str, pid: u32) -> Told {
+        Told {
+            oci_version: self.oci_version.clone(),
+            id: id.into(),
+            pid,
+            bundle: self.path.clone(),
+            annotations: self.annotations.clone(),
+        }
     }
 
     fn parse(bundle: &Path, bytes: &[u8]) -> Result<Self, BundleError> {

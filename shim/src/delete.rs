@@ -2,6 +2,7 @@
 //! runs it after every shim's end, also after a regular one, so it has to be quick when
 //! there is nothing to do.
 
+use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::SystemTime;
@@ -11,13 +12,24 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 
 use crate::bootstrap;
+use crate::bundle::Bundle;
 use crate::config::Config;
 use crate::container::timestamp;
+use crate::hooks::Point;
 use crate::rootfs;
 use crate::rundir::{self, RunDir};
 
 /// 128 + SIGKILL: what runc's shim reports here.
 const KILLED: u32 = 137;
+
+/// Takes down what the first hooks have set up, which a shim that was killed could not. One that is killed
+/// between its own poststop and its end has them run a second time.
+fn poststop(bundle: &Path, id: &str, pid: u32) -> Result<(), Box<dyn Error>> {
+    let bundle = Bundle::load(bundle)?;
+    let told = bundle.told(id, pid);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(bundle.hooks.run(Point::Poststop, &told))?)
+}
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeleteError {
@@ -39,6 +51,11 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
     }
     bootstrap::remove_socket(&bootstrap::address(flags));
     let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
+    if let Some(holder) = record.holder.filter(|_| !record.ending)
+        && let Err(problem) = poststop(bundle, &flags.id, holder.pid)
+    {
+        eprintln!("delete {}: {problem}", flags.id);
+    }
     if let Ok(address) = std::fs::read_to_string(bundle.join("address")) {
         bootstrap::remove_socket(address.trim());
     }

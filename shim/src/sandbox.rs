@@ -231,13 +231,7 @@ impl Sandbox {
         info!(log, "virtual machine started"; "task" => id, "vmm" => processes.0.pid, "holder" => processes.1.pid,
             "vcpus" => machine.vcpus, "memory_mib" => machine.memory_mib);
 
-        let told = Told {
-            oci_version: bundle.oci_version.clone(),
-            id: id.into(),
-            pid: processes.1.pid,
-            bundle: bundle.path.clone(),
-            annotations: bundle.annotations.clone(),
-        };
+        let told = bundle.told(id, processes.1.pid);
         making.hooks = Some((bundle.hooks.clone(), told.clone()));
         for point in [Point::Prestart, Point::CreateRuntime] {
             bundle.hooks.run(point, &told).await?;

@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use spore_harness::bed::Subject;
-use spore_harness::call::Output;
+use spore_harness::call::{Call, Output};
+use spore_harness::processes::{kill_hard, process};
 use spore_harness::wait;
 
 use super::{Case, equal, refused};
@@ -16,6 +17,7 @@ use super::{Case, equal, refused};
 pub(crate) const CASES: &[Case] = &[
     Case::new("hooks: each at its moment, with the state", each_at_its_moment).starts(1),
     Case::new("hooks: createRuntime that fails fails the container", failing).starts(1),
+    Case::new("hooks: poststop, also when the shim is killed", killed).alone().starts(1),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -47,18 +49,21 @@ impl Bundle {
     }
 
     fn run(&self, subject: &Subject, hooks: &Value, command: &[&str]) -> Result<Output> {
+        self.call(subject, &subject.id("hooked"), hooks, command)?.run()
+    }
+
+    fn call(&self, subject: &Subject, id: &str, hooks: &Value, command: &[&str]) -> Result<Call> {
         let mut spec: Value = serde_json::from_str(&subject.must(&["oci", "spec"])?)?;
         spec["hooks"] = hooks.clone();
         spec["root"] = json!({ "path": subject.bed.rootfs() });
         spec["process"]["args"] = json!(command);
         let config = self.directory.join("config.json");
-        let id = subject.id("hooked");
         // The default is the namespace's own cgroup, which holds others.
         spec["linux"]["cgroupsPath"] = json!(format!("/hooked/{id}"));
         let text = spec.to_string();
         fs::write(&config, text)?;
         let config = config.display().to_string();
-        subject.ctr(&["run", "--rm", "--runtime", subject.runtime.id(), "--config", &config, &id])?.run()
+        subject.ctr(&["run", "--rm", "--runtime", subject.runtime.id(), "--config", &config, id])
     }
 }
 
@@ -94,4 +99,23 @@ fn failing(subject: &Subject) -> Result<()> {
     ] });
     let output = bundle.run(subject, &hooks, &["true"])?;
     refused(&output, &["OCI runtime create failed", "no network for you"])
+}
+
+fn killed(subject: &Subject) -> Result<()> {
+    let bundle = Bundle::new(subject)?;
+    let hooks = json!({ "poststop": bundle.hook("poststop") });
+    let id = subject.id("hooked");
+    let script = "echo ready; while :; do /bin/sleep 1000; done";
+    let mut running = bundle.call(subject, &id, &hooks, &["/bin/sh", "-c", script])?.spawn()?;
+    running.says("ready")?;
+    let shim = if subject.is_spore() { "containerd-shim-spore-v2" } else { "containerd-shim-runc-v2" };
+    kill_hard(process(&[shim, &id])?)?;
+    running.wait()?;
+    let notes = wait::until("poststop has run", DEADLINE, || {
+        fs::read_to_string(bundle.notes()).ok().filter(|notes| notes.contains("poststop"))
+    })?;
+    equal("notes", &notes, "poststop stopped\n")?;
+    // The client has lost its task and leaves the container to whoever knows better.
+    subject.ctr(&["containers", "delete", &id])?.run()?;
+    Ok(())
 }
