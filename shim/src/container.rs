@@ -217,7 +217,7 @@ impl Container {
                 self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
             (Phase::Paused, false) => {
-                self.take_changes_back().await;
+                self.take_changes_back().await?;
                 with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await?;
                 self.enter(Phase::Running);
                 self.events.send(TaskResumed { container_id: self.id.clone(), ..Default::default() });
@@ -300,7 +300,6 @@ impl Container {
         if !self.streams.drain(patience).await {
             warn!(self.log, "output was not taken in time and is lost");
         }
-        self.export_for_delete(phase).await;
         if !self.is_lost() {
             self.delete_in_guest().await;
         }

@@ -5,7 +5,7 @@
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim::Flags;
 use containerd_shim_protos::api::DeleteResponse;
@@ -21,6 +21,8 @@ use crate::rundir::{self, RunDir};
 
 /// 128 + SIGKILL: what runc's shim reports here.
 const KILLED: u32 = 137;
+/// For all hooks together: containerd gives `delete` five seconds.
+const HOOKS: Duration = Duration::from_secs(3);
 
 /// Takes down what the first hooks have set up, which a shim that was killed could not. One that is killed
 /// between its own poststop and its end has them run a second time.
@@ -28,7 +30,8 @@ fn poststop(bundle: &Path, id: &str, pid: u32) -> Result<(), Box<dyn Error>> {
     let bundle = Bundle::load(bundle)?;
     let told = bundle.told(id, pid);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(bundle.hooks.run(Point::Poststop, &told))?)
+    let run = async { tokio::time::timeout(HOOKS, bundle.hooks.run(Point::Poststop, &told)).await };
+    Ok(runtime.block_on(run).map_err(|_| format!("poststop hooks: not done within {HOOKS:?}"))??)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -51,16 +54,16 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
     }
     bootstrap::remove_socket(&bootstrap::address(flags));
     let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
-    if let Some(holder) = record.holder.filter(|_| !record.ending)
-        && let Err(problem) = poststop(bundle, &flags.id, holder.pid)
-    {
-        eprintln!("delete {}: {problem}", flags.id);
-    }
     if let Ok(address) = std::fs::read_to_string(bundle.join("address")) {
         bootstrap::remove_socket(address.trim());
     }
     rootfs::collect_garbage(&config.state_dir);
     rootfs::sweep(&config.state_dir);
+    if let Some(holder) = record.holder.filter(|_| !record.ending)
+        && let Err(problem) = poststop(bundle, &flags.id, holder.pid)
+    {
+        eprintln!("delete {}: {problem}", flags.id);
+    }
     let response = DeleteResponse {
         pid: record.holder.map_or(0, |holder| holder.pid),
         exit_status: KILLED,

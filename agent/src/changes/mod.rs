@@ -53,6 +53,8 @@ fn send(changes: &Changes, socket: OwnedFd) -> io::Result<()> {
     if !has_changed(changes)? {
         return socket.write_all(&[UNCHANGED]);
     }
+    // Whatever becomes of this machine, its disk then holds all that the host gets.
+    rustix::fs::syncfs(File::open(&changes.upper)?)?;
     socket.write_all(&[ATTACHED])?;
     let mut archive = BufWriter::with_capacity(pump::BUFFER, &socket);
     walk::archive(&changes.upper, &mut archive)?;

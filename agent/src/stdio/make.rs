@@ -37,7 +37,9 @@ pub fn pipes(wanted: Wanted, uid: u32) -> io::Result<(ProcessStreams, Vec<OwnedF
         let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         let (process_end, end) = match kind {
             Kind::Stdin => (read, End::Input(pump::watch(write)?)),
-            _ => (write, End::Output(pump::watch(read)?, Unsent::default())),
+            Kind::Stdout | Kind::Stderr | Kind::Changes => {
+                (write, End::Output(pump::watch(read)?, Unsent::default()))
+            }
         };
         own_by(&process_end, uid)?;
         theirs.push(process_end);

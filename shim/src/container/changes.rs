@@ -3,7 +3,7 @@
 
 use slog::{info, warn};
 
-use super::{Container, Phase, with_vm};
+use super::{Container, with_vm};
 use crate::error::Error;
 use crate::rootfs::Changes;
 
@@ -11,7 +11,11 @@ impl Container {
     /// After the container was frozen. A pause that would show a client nothing, or half, is refused.
     pub(super) async fn export_for_pause(&self) -> Result<(), Error> {
         let Some(changes) = &self.changes else { return Ok(()) };
-        let Err(error) = self.export(changes).await else { return Ok(()) };
+        let killed = async {
+            self.ending.over().await;
+            "the container has ended meanwhile"
+        };
+        let Err(error) = self.export(changes, killed).await else { return Ok(()) };
         // It runs on as if nothing had been asked.
         if let Err(thaw) = with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await {
             warn!(self.log, "not thawed after a pause that was refused"; "error" => %thaw);
@@ -19,17 +23,21 @@ impl Container {
         Err(error)
     }
 
-    /// Before the container's disks are unmounted. Its end comes whatever becomes of the export.
-    pub(super) async fn export_for_delete(&self, phase: Phase) {
+    /// After the container's process has ended, before that is told: who sees a stopped container may commit it.
+    /// Its end comes whatever becomes of the export.
+    pub(super) async fn export_for_end(&self) {
         let Some(changes) = &self.changes else { return };
-        // What never ran has changed nothing.
-        if phase == Phase::Created {
+        if self.ending.is_hurried() {
             return;
         }
         let failed = if self.is_lost() {
             Some("the virtual machine ended before the container did".to_owned())
         } else {
-            self.export(changes).await.err().map(|error| error.to_string())
+            let hurried = async {
+                self.ending.hurried().await;
+                "the shim has to go"
+            };
+            self.export(changes, hurried).await.err().map(|error| error.to_string())
         };
         if let Some(reason) = failed {
             warn!(self.log, "the container's changes are not exported: commit and diff do not see them, the next start does"; "cause" => &reason);
@@ -39,18 +47,30 @@ impl Container {
         }
     }
 
-    /// Before the container runs on: what was exported is soon out of date.
-    pub(super) async fn take_changes_back(&self) {
-        let Some(changes) = &self.changes else { return };
+    /// Before the container runs on: what was exported is out of date with the first byte that it writes.
+    pub(super) async fn take_changes_back(&self) -> Result<(), Error> {
+        let Some(changes) = &self.changes else { return Ok(()) };
+        changes.outdate().await?;
         if let Err(error) = changes.take_back().await {
             warn!(self.log, "the upper directory is not as it was before the pause"; "error" => %error);
         }
+        Ok(())
     }
 
-    async fn export(&self, changes: &Changes) -> Result<(), Error> {
+    async fn export(&self, changes: &Changes, stop: impl Future<Output = &'static str>) -> Result<(), Error> {
         let asked = self.guest.open_changes(&self.id);
         let stream = with_vm(&self.vm, "asking for the container's changes", asked).await?;
-        let skipped = changes.export(stream).await?;
+        let ended = async {
+            self.vm.ended().await;
+            "the virtual machine has ended"
+        };
+        let stop = async {
+            tokio::select! {
+                reason = stop => reason,
+                reason = ended => reason,
+            }
+        };
+        let skipped = changes.export(stream, stop).await?;
         if skipped > 0 {
             info!(self.log, "device nodes and sockets are not exported"; "count" => skipped);
         }

@@ -56,6 +56,16 @@ impl Ending {
     pub(super) fn is_hurried(&self) -> bool {
         *self.hurried.borrow()
     }
+
+    /// Waits for the process's end.
+    pub(super) async fn over(&self) {
+        set(&self.over).await;
+    }
+
+    /// Waits until the shim has to go.
+    pub(super) async fn hurried(&self) {
+        set(&self.hurried).await;
+    }
 }
 
 async fn set(flag: &watch::Sender<bool>) {
@@ -80,6 +90,7 @@ impl Container {
             let _ = tokio::time::timeout(OOM_TOLD, watching).await;
         }
         let _turn = self.turn.lock().await;
+        self.export_for_end().await;
         // What was executed in the container has ended with it, and is told before it.
         self.execs_told().await;
         // Who sees a stopped container looks for its exit.

@@ -65,18 +65,19 @@ fn remove(path: &Path) -> Result<(), RootfsError> {
 /// A digest of everything below `root` but the data: no change of data leaves the change
 /// time as it was. `None` for an empty directory. Fails with the path concerned.
 fn stamp(root: &Path) -> Result<Option<String>, (PathBuf, io::Error)> {
-    let Some(mut hash) = below(root)? else { return Ok(None) };
+    let Some(mut hash) = below(root, add)? else { return Ok(None) };
     let metadata = std::fs::symlink_metadata(root).map_err(|error| (root.into(), error))?;
     add(&mut hash, &metadata);
     Ok(Some(hex(&hash.finalize())))
 }
 
-/// The same without the directory's own metadata: mounting an overlay with it changes these.
+/// The same without what overlayfs changes of directories when one is mounted with them, or only looked through:
+/// their times, and attributes of its own. What is put into one or taken away shows by itself.
 pub(super) fn content(root: &Path) -> Result<Option<String>, (PathBuf, io::Error)> {
-    Ok(below(root)?.map(|hash| hex(&hash.finalize())))
+    Ok(below(root, add_lasting)?.map(|hash| hex(&hash.finalize())))
 }
 
-fn below(root: &Path) -> Result<Option<Sha256>, (PathBuf, io::Error)> {
+fn below(root: &Path, add: fn(&mut Sha256, &Metadata)) -> Result<Option<Sha256>, (PathBuf, io::Error)> {
     let mut hash = Sha256::new();
     let mut directories = vec![root.to_path_buf()];
     let mut count = 0_u64;
@@ -121,6 +122,16 @@ fn add(hash: &mut Sha256, metadata: &Metadata) {
         hash.update(number.to_le_bytes());
     }
     for number in [metadata.ctime(), metadata.ctime_nsec(), metadata.mtime(), metadata.mtime_nsec()] {
+        hash.update(number.to_le_bytes());
+    }
+}
+
+fn add_lasting(hash: &mut Sha256, metadata: &Metadata) {
+    if !metadata.is_dir() {
+        return add(hash, metadata);
+    }
+    hash.update(metadata.ino().to_le_bytes());
+    for number in [metadata.mode(), metadata.uid(), metadata.gid()] {
         hash.update(number.to_le_bytes());
     }
 }

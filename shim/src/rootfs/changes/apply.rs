@@ -7,9 +7,9 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid,
-    XattrFlags, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, makedev, mkdirat, mknodat,
-    openat, openat2, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT,
+    Uid, XattrFlags, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, makedev, mkdirat,
+    mknodat, openat, openat2, renameat_with, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::{Errno, pwrite};
 use spore_agent_api::changes::OPAQUE;
@@ -207,14 +207,50 @@ fn remove(directory: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
     }
 }
 
-/// Removes everything in a directory.
-pub(super) fn clear(directory: &OwnedFd) -> Result<(), Errno> {
-    let mut names: Vec<CString> = Vec::new();
+/// Removes everything in a directory, with a few descriptors and little stack however deep it is: what a
+/// directory holds moves up to the top, one level at a time.
+pub(super) fn clear(top: &OwnedFd) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut moved = 0_u64;
+    let mut left = names(top)?;
+    while let Some((name, is_directory)) = left.pop() {
+        if !is_directory {
+            unlinkat(top, &name, AtFlags::empty())?;
+            continue;
+        }
+        let directory = openat(top, &name, flags, Mode::empty())?;
+        for (below, is_directory) in names(&directory)? {
+            if !is_directory {
+                unlinkat(&directory, &below, AtFlags::empty())?;
+                continue;
+            }
+            let up = loop {
+                let up = format!(".spore-moved-{moved}");
+                moved += 1;
+                match renameat_with(&directory, &below, top, up.as_str(), RenameFlags::NOREPLACE) {
+                    Err(Errno::EXIST) => {}
+                    other => {
+                        other?;
+                        break CString::new(up).map_err(|_| Errno::INVAL)?;
+                    }
+                }
+            };
+            left.push((up, true));
+        }
+        unlinkat(top, &name, AtFlags::REMOVEDIR)?;
+    }
+    Ok(())
+}
+
+/// What is in a directory, and whether it is one itself.
+fn names(directory: &OwnedFd) -> Result<Vec<(CString, bool)>, Errno> {
+    let mut names = Vec::new();
     for entry in Dir::read_from(directory)? {
         let name = entry?.file_name().to_owned();
         if !matches!(name.as_bytes(), b"." | b"..") {
-            names.push(name);
+            let kind = kind_of(directory.as_fd(), name.as_bytes())?;
+            names.push((name, kind == Some(FileType::Directory)));
         }
     }
-    names.iter().try_for_each(|name| remove(directory.as_fd(), name.as_bytes()))
+    Ok(names)
 }

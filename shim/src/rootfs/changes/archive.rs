@@ -270,11 +270,13 @@ impl<R: Read> Archive<R> {
         if self.entries > self.limits.entries {
             return Err(ArchiveError::TooMuch { what: "entries", max: self.limits.entries });
         }
-        if let Kind::File { pieces, .. } = &entry.kind {
-            for (_, length) in pieces {
-                self.bytes = self.bytes.saturating_add(*length);
-            }
-        }
+        let content = match &entry.kind {
+            Kind::File { pieces, .. } => pieces.iter().map(|(_, length)| *length).collect(),
+            Kind::Symlink(target) => vec![target.len() as u64],
+            _ => Vec::new(),
+        };
+        let attributes = entry.attributes.iter().map(|(_, value)| value.len() as u64);
+        self.bytes = content.into_iter().chain(attributes).fold(self.bytes, u64::saturating_add);
         if self.bytes > self.limits.bytes {
             return Err(ArchiveError::TooMuch { what: "bytes", max: self.limits.bytes });
         }

@@ -12,8 +12,8 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, pivot_root};
 
 /// The last is what setting `trusted.overlay.opaque` takes: capable(CAP_SYS_ADMIN) in the first user
-/// namespace, for which there is nothing smaller. It finds nothing to administer: no file but the
-/// directory's, no network, no process.
+/// namespace, for which there is nothing smaller. It is much: what keeps the archive from using it is that no
+/// byte of it is ever more than a name, a number or data to safe Rust.
 const NEEDED: [Capability; 6] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,

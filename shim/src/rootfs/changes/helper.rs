@@ -5,10 +5,11 @@ use std::io::BufReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::apply::apply;
 use super::archive::Limits;
@@ -21,11 +22,19 @@ const STALLED: i64 = 60;
 /// How long all of it may take.
 const DEADLINE: Duration = Duration::from_secs(600);
 const BUFFER: usize = 128 * 1024;
+/// Of what it says, as much as an error shows.
+const MOST_SAID: u64 = 4096;
 
 /// Applies the archive that comes from `stream` to the directory; returns how much the guest could
-/// not send, or what went wrong.
-pub(super) async fn fill(directory: &Path, limits: Limits, stream: UnixStream) -> Result<u64, String> {
-    let child = tokio::process::Command::new("/proc/self/exe")
+/// not send, or what went wrong. `stop` ends it early, for the reason that it gives. Nothing writes to the
+/// directory any more when this returns.
+pub(super) async fn fill(
+    directory: &Path,
+    limits: Limits,
+    stream: UnixStream,
+    stop: impl Future<Output = &'static str>,
+) -> Result<u64, String> {
+    let mut child = tokio::process::Command::new("/proc/self/exe")
         .arg(SUBCOMMAND)
         .arg(directory)
         .args([limits.entries.to_string(), limits.bytes.to_string()])
@@ -37,15 +46,38 @@ pub(super) async fn fill(directory: &Path, limits: Limits, stream: UnixStream) -
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| format!("start {SUBCOMMAND}: {error}"))?;
-    let ended = tokio::time::timeout(DEADLINE, child.wait_with_output()).await;
-    let output = ended.map_err(|_| format!("not done within {} s", DEADLINE.as_secs()))?;
-    let output = output.map_err(|error| format!("wait for {SUBCOMMAND}: {error}"))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or(0));
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let ended = async {
+        let (stdout, stderr, status) = tokio::join!(text_of(stdout), text_of(stderr), child.wait());
+        (stdout, stderr, status)
+    };
+    let stopped = tokio::select! {
+        (skipped, said, status) = ended => {
+            let status = status.map_err(|error| format!("wait for {SUBCOMMAND}: {error}"))?;
+            return outcome(status, &skipped, &said);
+        }
+        () = tokio::time::sleep(DEADLINE) => format!("not done within {} s", DEADLINE.as_secs()),
+        reason = stop => reason.to_owned(),
+    };
+    // Waits for its end, too.
+    child.kill().await.map_err(|error| format!("{stopped}; kill {SUBCOMMAND}: {error}"))?;
+    Err(stopped)
+}
+
+async fn text_of(pipe: Option<impl AsyncRead + Unpin>) -> String {
+    let mut text = Vec::new();
+    if let Some(pipe) = pipe {
+        let _ = pipe.take(MOST_SAID).read_to_end(&mut text).await;
     }
-    let text = String::from_utf8_lossy(&output.stderr);
-    let text = text.trim().trim_start_matches(crate::RUNTIME).trim_start_matches(": ");
-    Err(if text.is_empty() { format!("{SUBCOMMAND} ended with {}", output.status) } else { text.into() })
+    String::from_utf8_lossy(&text).trim().to_owned()
+}
+
+fn outcome(status: ExitStatus, skipped: &str, said: &str) -> Result<u64, String> {
+    if status.success() {
+        return Ok(skipped.parse().unwrap_or(0));
+    }
+    let said = said.trim_start_matches(crate::RUNTIME).trim_start_matches(": ");
+    Err(if said.is_empty() { format!("{SUBCOMMAND} ended with {status}") } else { said.into() })
 }
 
 /// `upper-fill DIRECTORY ENTRIES BYTES`, the archive on standard input.

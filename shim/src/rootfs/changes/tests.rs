@@ -1,6 +1,6 @@
 //! Hostile archives, what an archive leaves behind, and every state that a kill can leave.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
@@ -10,7 +10,9 @@ use spore_agent_api::changes::{
 use tar::{EntryType, Header};
 
 use super::apply::{ApplyError, apply};
+use super::layer::{BASE, BASE_UNFINISHED, Marker, copy};
 use super::*;
+use crate::rootfs::writable;
 
 const LIMITS: Limits = Limits { entries: 100, bytes: 1 << 20 };
 
@@ -87,15 +89,25 @@ impl Scene {
     }
 
     fn layer(&self) -> Layer {
-        Layer { upper: self.at(""), beside: self.around.path().join("spore") }
+        Layer::new(&self.at(""), &self.beside(""))
     }
 
     fn settled(&self) -> Ground {
-        settle(&self.at(""), &self.around.path().join("spore")).unwrap()
+        settle(&self.at(""), &self.beside("")).unwrap()
+    }
+
+    fn beside(&self, name: &str) -> PathBuf {
+        self.around.path().join("spore").join(name)
+    }
+
+    /// Nothing of an export is left but the disk.
+    fn is_clean(&self) -> bool {
+        fs::read_dir(self.beside("")).unwrap().all(|entry| entry.unwrap().file_name() == writable::DISK)
     }
 
     /// As an export that succeeds does it.
     fn export(&self, archive: Vec<u8>) {
+        fs::write(self.beside(writable::DISK), "the guest's").unwrap();
         self.layer().begin().unwrap();
         self.apply(&archive).unwrap();
         self.layer().complete().unwrap();
@@ -296,28 +308,31 @@ fn any_bytes_give_an_error_and_no_panic() {
         .entry(EntryType::Regular, "sparse", &[(SPARSE_SIZE, "9000"), (SPARSE_MAP, "4096,4")], b"hole")
         .entry(EntryType::Symlink, "z", &[(LINK, "x")], b"")
         .end();
-    let root: OwnedFd = File::open(Scene::new().at("")).unwrap().into();
+    let scene = Scene::new();
     for at in 0..good.len() {
         for value in [0, b'9', 0xff] {
             let mut bad = good.clone();
             bad[at] = value;
-            // Of a directory that is gone: only the reading is tried.
-            let _ = apply(&root, bad.as_slice(), LIMITS);
+            let _ = scene.apply(&bad);
+            scene.layer().clear().unwrap();
         }
     }
+    assert_eq!(fs::read_dir(scene.around.path()).unwrap().count(), 3, "nothing beside the directory");
 }
 
 #[test]
 fn an_export_shows_until_it_is_taken_back_and_is_replaced_by_the_next() {
     let scene = Scene::new();
     scene.export(Tar::default().dir(".").file("a", b"1").file("b", b"1").end());
-    assert_eq!(scene.settled(), Ground::Nothing, "the guest's disk has it");
+    let nothing = scene.beside(BASE);
+    assert_eq!(scene.settled(), Ground::Directory(nothing.clone()), "the guest's disk has it");
+    assert_eq!(fs::read_dir(nothing).unwrap().count(), 0);
     scene.export(Tar::default().dir(".").file("a", b"2").end());
     assert_eq!((text(&scene.at("a")), scene.at("b").exists()), ("2".into(), false));
     scene.layer().undo(None).unwrap();
     assert_eq!(fs::read_dir(scene.at("")).unwrap().count(), 0);
     assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
-    assert_eq!(fs::read_dir(scene.around.path().join("spore")).unwrap().count(), 0);
+    assert!(scene.is_clean());
 }
 
 #[test]
@@ -330,7 +345,7 @@ fn what_was_there_before_is_the_guests_lower_layer_and_comes_back() {
         Tar::default().dir(".").file("changed", b"new").entry(EntryType::Char, "kept", &[], b"").end(),
     );
     assert!(is_whiteout(&scene.at("kept")));
-    let base = scene.around.path().join("spore").join(BASE);
+    let base = scene.beside(BASE);
     assert_eq!(scene.settled(), Ground::Directory(base.clone()));
     assert_eq!((text(&base.join("kept")), text(&base.join("changed"))), ("kept".into(), "old".into()));
     scene.layer().undo(None).unwrap();
@@ -344,7 +359,7 @@ fn a_kill_in_the_middle_leaves_no_half_export_to_the_next_start() {
     let scene = Scene::new();
     fs::write(scene.at("own"), "own").unwrap();
     // While what was there is put aside.
-    copy(&scene.at(""), &scene.around.path().join("spore").join(BASE_UNFINISHED)).unwrap();
+    copy(&scene.at(""), &scene.beside(BASE_UNFINISHED)).unwrap();
     assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
     // While the archive is applied.
     scene.layer().begin().unwrap();
@@ -354,7 +369,7 @@ fn a_kill_in_the_middle_leaves_no_half_export_to_the_next_start() {
     assert_eq!((text(&scene.at("own")), scene.at("half").exists()), ("own".into(), false));
     // While a complete one is taken back.
     scene.export(Tar::default().dir(".").file("new", b"x").end());
-    scene.layer().mark(&Marker::Working { base: true }).unwrap();
+    assert!(scene.layer().outdate().unwrap());
     scene.layer().clear().unwrap();
     assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
     assert_eq!((text(&scene.at("own")), scene.at("new").exists()), ("own".into(), false));
@@ -363,8 +378,7 @@ fn a_kill_in_the_middle_leaves_no_half_export_to_the_next_start() {
 #[test]
 fn what_a_client_changes_in_an_export_counts_over_a_new_disk() {
     let scene = Scene::new();
-    let disk = scene.around.path().join("spore").join(writable::DISK);
-    fs::write(&disk, "the guest's").unwrap();
+    let disk = scene.beside(writable::DISK);
     scene.export(Tar::default().dir(".").file("a", b"guest").file("b", b"guest").end());
     fs::write(scene.at("a"), "client").unwrap();
     assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
@@ -372,28 +386,95 @@ fn what_a_client_changes_in_an_export_counts_over_a_new_disk() {
     assert!(!disk.exists(), "all of it is in the directory now");
     assert_eq!(scene.layer().marker().unwrap(), None);
     // Not while a machine uses it.
-    fs::write(&disk, "the guest's").unwrap();
     scene.export(Tar::default().dir(".").file("a", b"guest").end());
     fs::write(scene.at("a"), "client").unwrap();
     let used = File::open(&disk).unwrap();
     used.lock().unwrap();
-    let refused = settle(&scene.at(""), &scene.around.path().join("spore")).unwrap_err();
+    let refused = settle(&scene.at(""), &scene.beside("")).unwrap_err();
     assert!(matches!(refused, RootfsError::InUse { .. }), "{refused}");
     assert!(disk.exists());
 }
 
 #[test]
-fn a_mounted_overlay_does_not_make_an_export_a_clients() {
+fn who_looks_through_a_mounted_overlay_does_not_change_an_export() {
+    let scene = Scene::new();
+    scene.export(Tar::default().dir(".").dir("etc").file("etc/a", b"1").end());
+    // As the kernel notes at the mount, and when it first finds a directory in two layers.
+    for (directory, name) in [("", "uuid"), ("", "impure"), ("etc", "origin")] {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(scene.at(directory), format!("trusted.overlay.{name}"), b"y", flags).unwrap();
+    }
+    assert_eq!(scene.settled(), Ground::Directory(scene.beside(BASE)));
+    // What a client does is seen nevertheless.
+    fs::set_permissions(scene.at("etc"), fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
+}
+
+#[test]
+fn an_export_that_is_out_of_date_is_never_believed() {
+    let scene = Scene::new();
+    scene.export(Tar::default().dir(".").file("old", b"1").end());
+    assert!(scene.layer().outdate().unwrap());
+    assert!(scene.layer().outdate().unwrap(), "again");
+    // As if it had been changed by a client, too.
+    fs::write(scene.at("old"), "2").unwrap();
+    assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
+    assert!(!scene.at("old").exists() && scene.beside(writable::DISK).exists() && scene.is_clean());
+    assert!(!scene.layer().outdate().unwrap(), "there is none");
+}
+
+#[test]
+fn without_its_disk_an_export_is_all_there_is() {
     let scene = Scene::new();
     scene.export(Tar::default().dir(".").file("a", b"1").end());
-    rustix::fs::setxattr(
-        scene.at(""),
-        "trusted.overlay.uuid",
-        b"0123456789abcdef",
-        rustix::fs::XattrFlags::empty(),
-    )
-    .unwrap();
-    assert_eq!(scene.settled(), Ground::Nothing);
+    fs::remove_file(scene.beside(writable::DISK)).unwrap();
+    assert_eq!(scene.settled(), Ground::Directory(scene.at("")));
+    assert_eq!(text(&scene.at("a")), "1");
+}
+
+#[test]
+fn the_marker_of_another_version_is_refused_and_nothing_is_touched() {
+    let scene = Scene::new();
+    scene.export(Tar::default().dir(".").file("a", b"1").end());
+    let marker = scene.beside("changes.json");
+    for other in [&b"{\"version\":2,\"state\":\"complete\"}"[..], b"{\"state\":\"failed\"}", b""] {
+        fs::write(&marker, other).unwrap();
+        let refused = settle(&scene.at(""), &scene.beside("")).unwrap_err().to_string();
+        assert!(refused.contains("changes.json") && refused.contains("version"), "{refused}");
+    }
+    assert_eq!((text(&scene.at("a")), scene.beside(BASE).exists()), ("1".into(), true));
+}
+
+#[test]
+fn the_directory_itself_gets_its_mode_and_owner_back() {
+    let scene = Scene::new();
+    let about = || {
+        let metadata = fs::metadata(scene.at("")).unwrap();
+        (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+    };
+    std::os::unix::fs::chown(scene.at(""), Some(3), Some(4)).unwrap();
+    fs::set_permissions(scene.at(""), fs::Permissions::from_mode(0o705)).unwrap();
+    let before = about();
+    scene.export(Tar::default().dir(".").end());
+    assert_ne!(about(), before, "the guest's");
+    scene.layer().undo(None).unwrap();
+    assert_eq!(about(), before);
+}
+
+#[test]
+fn a_tree_of_any_depth_is_removed() {
+    let scene = Scene::new();
+    let mut at: OwnedFd = File::open(scene.at("")).unwrap().into();
+    // Deeper than there are descriptors, and than a path is long.
+    for _ in 0..5000 {
+        for name in ["d", ".spore-moved-1"] {
+            rustix::fs::mkdirat(&at, name, rustix::fs::Mode::RWXU).unwrap();
+        }
+        let flags = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+        at = rustix::fs::openat(&at, "d", flags, rustix::fs::Mode::empty()).unwrap();
+    }
+    scene.layer().clear().unwrap();
+    assert_eq!(fs::read_dir(scene.at("")).unwrap().count(), 0);
 }
 
 #[test]
