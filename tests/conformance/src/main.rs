@@ -8,6 +8,7 @@
 //! The table of results goes to `conformance.md` among the results.
 
 mod api;
+mod bundle;
 mod cases;
 mod guest;
 mod probe;

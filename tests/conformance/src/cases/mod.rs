@@ -1,6 +1,7 @@
 //! The cases, one module per part of the interface.
 
 mod changes;
+mod config;
 mod counts;
 mod docker;
 mod exec;
@@ -62,6 +63,7 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         exec::CASES,
         processes::CASES,
         spec::CASES,
+        config::CASES,
         stdio::CASES,
         hooks::CASES,
         pause::CASES,

@@ -1,14 +1,19 @@
-//! Pids, and what is not a terminal.
+//! Pids, and what is asked of a task that cannot be.
 
 use anyhow::{Context, Result, ensure};
 use spore_harness::bed::Subject;
+use spore_harness::image::BUSYBOX;
 
-use super::Case;
+use super::{Case, refused};
 use crate::guest::shared;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("pids: the task's own is listed", own_pid),
     Case::new("pids: further processes are listed", further),
+    Case::new("tasks: a second Start is refused", second_start),
+    Case::new("tasks: an id in use is refused", same_id),
+    Case::new("tasks: a signal that is none is refused", bad_signal),
+    Case::new("tasks: a running one is not deleted without force", running_delete),
 ];
 
 fn own_pid(subject: &Subject) -> Result<()> {
@@ -36,5 +41,35 @@ fn further(subject: &Subject) -> Result<()> {
         running.close_stdin();
         running.wait()?;
         Ok(())
+    })
+}
+
+fn second_start(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        refused(&guest.task("start", &["--detach"], &[])?.run()?, &["already exists"])?;
+        guest.shell("true").map(drop)
+    })
+}
+
+fn same_id(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        let run = ["run", "--rm", "--runtime", subject.runtime.id(), BUSYBOX, &guest.id, "true"];
+        refused(&subject.ctr(&run)?.run()?, &["already exists"])?;
+        guest.shell("true").map(drop)
+    })
+}
+
+fn bad_signal(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        refused(&guest.task("kill", &["--signal", "99"], &[])?.run()?, &[])?;
+        refused(&guest.task("kill", &["--signal", "SIGNONE"], &[])?.run()?, &["SIGNONE"])?;
+        guest.shell("true").map(drop)
+    })
+}
+
+fn running_delete(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        refused(&guest.task("delete", &[], &[])?.run()?, &["stopped"])?;
+        guest.shell("true").map(drop)
     })
 }

@@ -1,0 +1,201 @@
+//! The OCI runtime specification, as a configuration of one's own asks for it: what no option of
+//! `ctr run` reaches.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use spore_harness::bed::Subject;
+
+use super::{Case, equal, refused};
+use crate::bundle::Bundle;
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("config: sysctls", sysctls).starts(1),
+    Case::new("config: resource limits", rlimits).starts(1),
+    Case::new("config: additional groups and umask", groups).starts(1),
+    Case::new("config: ambient capabilities of another user", ambient).starts(1),
+    Case::new("config: oom_score_adj", oom_score).starts(1),
+    Case::new("config: proc, sysfs, mqueue, devpts, shm and cgroup are mounted as asked", mounts).starts(1),
+    Case::new("config: propagation of a mount", propagation).starts(1),
+    Case::new("config: a rootfs that is read-only", read_only).starts(1),
+    Case::new("config: CPU weight and number of processes", weight_and_pids).starts(1),
+    Case::new("config: seccomp kills", seccomp_kills).starts(1),
+    Case::new("config: a seccomp profile with an action that is none is refused", bad_seccomp).starts(1),
+    Case::new("config: CPUs that are not there are refused", bad_cpus).starts(1),
+    Case::new("config: a program that is not there is refused", no_program).starts(1),
+    Case::new("config: a bind mount of nothing is refused", no_source).starts(1),
+];
+
+fn said(subject: &Subject, script: &str, edit: impl FnOnce(&mut Value)) -> Result<String> {
+    let output = Bundle::new(subject)?.call(subject, script, edit)?.run()?;
+    ensure!(output.success(), "{script:?}: {output}");
+    Ok(output.text())
+}
+
+/// The configuration is refused in these words, and leaves no task.
+fn is_refused(subject: &Subject, parts: &[&str], edit: impl FnOnce(&mut Value)) -> Result<()> {
+    let bundle = Bundle::new(subject)?;
+    let output = bundle.call(subject, "true", edit)?.run()?;
+    refused(&output, parts)?;
+    let tasks = subject.must(&["tasks", "ls"])?;
+    ensure!(!tasks.contains(&bundle.id), "{tasks}");
+    Ok(())
+}
+
+fn sysctls(subject: &Subject) -> Result<()> {
+    let script = "cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let said = said(subject, script, |spec| {
+        spec["linux"]["sysctl"] =
+            json!({ "kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "77" });
+    })?;
+    equal("sysctls", &said, "1\n77\n")
+}
+
+fn rlimits(subject: &Subject) -> Result<()> {
+    let said = said(subject, "ulimit -Sn; ulimit -Hn; ulimit -Sc", |spec| {
+        spec["process"]["rlimits"] = json!([
+            { "type": "RLIMIT_NOFILE", "soft": 123, "hard": 456 },
+            { "type": "RLIMIT_CORE", "soft": 0, "hard": 0 },
+        ]);
+    })?;
+    equal("limits", &said, "123\n456\n0\n")
+}
+
+fn groups(subject: &Subject) -> Result<()> {
+    let script = "id -u; id -g; grep ^Groups: /proc/self/status; umask";
+    let said = said(subject, script, |spec| {
+        spec["process"]["user"] =
+            json!({ "uid": 1000, "gid": 1001, "additionalGids": [10, 20], "umask": 0o27 });
+    })?;
+    let words: Vec<_> = said.split_whitespace().collect();
+    equal("user", &words.join(" "), "1000 1001 Groups: 10 20 0027")
+}
+
+fn ambient(subject: &Subject) -> Result<()> {
+    let said = said(subject, "grep -E '^Cap(Eff|Amb):' /proc/self/status", |spec| {
+        let set = json!(["CAP_NET_BIND_SERVICE", "CAP_KILL"]);
+        spec["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+        for kind in ["bounding", "permitted", "effective", "inheritable", "ambient"] {
+            spec["process"]["capabilities"][kind] = set.clone();
+        }
+    })?;
+    equal("capabilities", &said, "CapEff:\t0000000000000420\nCapAmb:\t0000000000000420\n")
+}
+
+fn oom_score(subject: &Subject) -> Result<()> {
+    let said = said(subject, "cat /proc/self/oom_score_adj", |spec| {
+        spec["process"]["oomScoreAdj"] = json!(321);
+    })?;
+    equal("oom_score_adj", &said, "321\n")
+}
+
+fn mounts(subject: &Subject) -> Result<()> {
+    let script = "while read -r _ at kind options _; do case $at in \
+        /proc|/sys|/dev|/dev/pts|/dev/shm|/dev/mqueue|/sys/fs/cgroup) echo \"$at $kind $options\";; esac; \
+        done </proc/mounts | sort";
+    let said = said(subject, script, |_| {})?;
+    for (at, kind, options) in [
+        ("/proc", "proc", &["rw", "nosuid", "nodev", "noexec"][..]),
+        ("/sys", "sysfs", &["ro", "nosuid", "nodev", "noexec"]),
+        ("/dev", "tmpfs", &["rw", "nosuid", "mode=755"]),
+        ("/dev/pts", "devpts", &["rw", "nosuid", "noexec", "gid=5", "mode=620", "ptmxmode=666"]),
+        ("/dev/shm", "tmpfs", &["rw", "nosuid", "nodev", "noexec"]),
+        ("/dev/mqueue", "mqueue", &["rw", "nosuid", "nodev", "noexec"]),
+    ] {
+        let line = said.lines().find(|line| line.starts_with(&format!("{at} {kind} ")));
+        let found: Vec<_> = line.and_then(|line| line.split(' ').nth(2)).unwrap_or("").split(',').collect();
+        for option in options {
+            ensure!(found.contains(option), "{at}: {option} is not in {said}");
+        }
+    }
+    Ok(())
+}
+
+fn propagation(subject: &Subject) -> Result<()> {
+    let script = "grep -o ' /shared .* - \\| /private .* - ' /proc/self/mountinfo";
+    let said = said(subject, script, |spec| {
+        let mounts = spec["mounts"].as_array_mut();
+        let tmpfs = |at: &str, kind: &str| json!({ "destination": at, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", kind] });
+        mounts.into_iter().for_each(|mounts| {
+            mounts.extend([tmpfs("/shared", "shared"), tmpfs("/private", "private")]);
+        });
+    })?;
+    let line = |at: &str| said.lines().find(|line| line.contains(at)).unwrap_or("").to_owned();
+    ensure!(line("/shared").contains("shared:"), "{said}");
+    ensure!(!line("/private").is_empty() && !line("/private").contains("shared:"), "{said}");
+    Ok(())
+}
+
+fn read_only(subject: &Subject) -> Result<()> {
+    let said =
+        said(subject, "touch /x 2>/dev/null || echo refused; touch /dev/shm/x && echo taken", |spec| {
+            spec["root"]["readonly"] = json!(true);
+        })?;
+    equal("writes", &said, "refused\ntaken\n")
+}
+
+fn weight_and_pids(subject: &Subject) -> Result<()> {
+    let script = "cat /sys/fs/cgroup/cpu.weight /sys/fs/cgroup/pids.max";
+    let said = said(subject, script, |spec| {
+        spec["linux"]["resources"]["cpu"] = json!({ "shares": 512 });
+        spec["linux"]["resources"]["pids"] = json!({ "limit": 77 });
+        let cgroup = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
+        spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(cgroup.clone()));
+        let own = json!({ "type": "cgroup" });
+        let namespaces = spec["linux"]["namespaces"].as_array_mut();
+        namespaces.into_iter().for_each(|namespaces| {
+            namespaces.retain(|namespace| namespace["type"] != "cgroup");
+            namespaces.push(own.clone());
+        });
+    })?;
+    // runc and youki convert shares by formulas of different years.
+    let words: Vec<_> = said.split_whitespace().collect();
+    let [weight, pids] = words.as_slice() else { anyhow::bail!("{said:?}") };
+    ensure!((10..=60).contains(&weight.parse::<u32>()?) && *pids == "77", "{said:?}");
+    Ok(())
+}
+
+fn seccomp_kills(subject: &Subject) -> Result<()> {
+    let bundle = Bundle::new(subject)?;
+    let call = bundle.call(subject, "echo before; mkdir /made; echo after; exit 3", |spec| {
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [
+                { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_KILL_PROCESS" },
+                { "names": ["getcwd"], "action": "SCMP_ACT_LOG" },
+            ],
+        });
+    })?;
+    let output = call.run()?;
+    // The shell goes on: it is mkdir's process that is killed, by SIGSYS.
+    ensure!(output.text().starts_with("before\n") && output.text().contains("after"), "{output}");
+    ensure!(output.code() == 3, "{output}");
+    ensure!(!bundle.path("rootfs/made").exists(), "the directory was made");
+    Ok(())
+}
+
+fn bad_seccomp(subject: &Subject) -> Result<()> {
+    is_refused(subject, &["seccomp"], |spec| {
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{ "names": ["mkdir"], "action": "SCMP_ACT_PERHAPS" }],
+        });
+    })
+}
+
+fn bad_cpus(subject: &Subject) -> Result<()> {
+    is_refused(subject, &["cpu"], |spec| spec["linux"]["resources"]["cpu"] = json!({ "cpus": "900" }))
+}
+
+fn no_program(subject: &Subject) -> Result<()> {
+    is_refused(subject, &["/no/such", "no such file or directory"], |spec| {
+        spec["process"]["args"] = json!(["/no/such/program"]);
+    })
+}
+
+fn no_source(subject: &Subject) -> Result<()> {
+    is_refused(subject, &["/no/such/source"], |spec| {
+        let mount = json!({ "destination": "/mnt", "type": "bind", "source": "/no/such/source", "options": ["rbind"] });
+        spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(mount.clone()));
+    })
+}
