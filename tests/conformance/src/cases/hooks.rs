@@ -85,7 +85,7 @@ fn hanging(subject: &Subject) -> Result<()> {
     let hooks =
         json!({ "createRuntime": [{ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 }] });
     let output = bundle.call(subject, "true", |spec| spec["hooks"] = hooks)?.run()?;
-    refused(&output, &["createRuntime", "1"])
+    refused(&output, &["OCI runtime create failed", "hook"])
 }
 
 fn killed(subject: &Subject) -> Result<()> {
