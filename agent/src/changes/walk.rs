@@ -267,7 +267,10 @@ mod tests {
     use super::*;
 
     /// The entries of an archive: kind, records, data.
-    fn parsed(archive: &[u8]) -> Vec<(EntryType, Vec<(String, String)>, Vec<u8>)> {
+    /// Its kind, its records and its data.
+    type Parsed = (EntryType, Vec<(String, String)>, Vec<u8>);
+
+    fn parsed(archive: &[u8]) -> Vec<Parsed> {
         let mut entries = Vec::new();
         let mut records = Vec::new();
         let mut rest = archive;
