@@ -227,6 +227,14 @@ impl Subject {
         for snapshotter in ["overlayfs", "native"] {
             lists.push(self.must(&["snapshots", "--snapshotter", snapshotter, "ls"])?);
         }
-        Ok(lists)
+        // containerd lists tasks in no order.
+        Ok(lists
+            .into_iter()
+            .map(|list| {
+                let mut lines: Vec<_> = list.lines().collect();
+                lines.sort_unstable();
+                lines.join("\n")
+            })
+            .collect())
     }
 }
