@@ -1,17 +1,22 @@
 //! `spore fs`: the files of a container one at a time, and changes as they happen.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{Case, expect_contains, expect_equal};
 use crate::waiting::Waiting;
 use spore_harness::bed::Subject;
+use spore_harness::wait;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("files::one_at_a_time", one_at_a_time).spore_only(),
     Case::new("files::seen_as_the_container_sees_them", as_the_container).spore_only(),
     Case::new("files::changes_are_told_at_once", changes).spore_only(),
 ];
+
+const STOPPED: Duration = Duration::from_secs(60);
 
 fn one_at_a_time(subject: &Subject) -> Result<()> {
     let waiting = Waiting::start(subject, "files")?;
@@ -122,6 +127,11 @@ fn changes(subject: &Subject) -> Result<()> {
         let output = watch.wait()?;
         ensure!(output.text().contains("gone"), "the {what} watch: {output}");
     }
+    // The end of a process is not yet the task's: what it wrote is exported in between.
+    wait::until("the task has stopped", STOPPED, || {
+        let list = subject.must(&["tasks", "ls"]).ok()?;
+        list.lines().any(|line| line.starts_with(&waiting.id) && line.contains("STOPPED")).then_some(())
+    })?;
     subject.must(&["tasks", "delete", &waiting.id])?;
     Ok(())
 }
