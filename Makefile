@@ -34,7 +34,7 @@ test: ## run every test, or one suite: make test SUITE=unit|fuzz|native|e2e|conf
 bench: guest ## measure against runc, into target/bench: make bench [SUITE=coldstart]
 	@$(STEP) "Debian packages for the test bed" packaging/need ground
 	@mkdir -p target/bench
-	@$(STEP) "Bench" $(BIN)/spore-testbed run --deadline 1800 spore-bench $(SUITE)
+	@$(STEP) "Bench" $(BIN)/spore-testbed run --deadline 3600 spore-bench $(SUITE)
 	@cp target/testbed/spore-bench/*.json target/bench/
 	@echo "results: $$(ls target/bench/*.json | tr '\n' ' ')"
 

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 fn main() -> std::io::Result<()> {
-    let protos = ["sandbox", "container", "files"].map(|name| format!("proto/spore/agent/v1/{name}.proto"));
+    let protos =
+        ["sandbox", "container", "files", "network"].map(|name| format!("proto/spore/agent/v1/{name}.proto"));
     let protos = protos.iter();
     for proto in protos.clone() {
         println!("cargo:rerun-if-changed={proto}");

@@ -6,12 +6,15 @@
 //! DESIGN section 6. Imports nothing of the workspace but `spore-agent-api`.
 
 pub mod boot;
+pub mod bpf;
 pub mod changes;
 pub mod console;
 pub mod container;
 pub mod error;
 pub mod files;
+pub(crate) mod identity;
 pub mod netlink;
+pub mod network;
 pub mod pid1;
 pub mod power;
 pub mod reaper;

@@ -1,21 +1,24 @@
 //! PID 1: sets the guest up, serves until told to stop, powers off.
 
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use spore_agent_api::{READY_PORT, RPC_PORT, STDIO_PORT};
+use tokio::io::Interest;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::boot::{modules, mounts};
 use crate::container::registry::Registry;
 use crate::netlink::AcpiEvents;
+use crate::network::namespace;
 use crate::reaper::Reaper;
 use crate::service::{self, Clock};
 use crate::vsock::{self, VsockListener};
-use crate::{power, say, stdio, sys};
+use crate::{power, say, stdio};
 
 /// The host answers the ready connection within this time, or nobody listens.
 const READY_DEADLINE: Duration = Duration::from_secs(5);
@@ -54,7 +57,8 @@ fn set_up() -> io::Result<()> {
         say!("oom_score_adj: {error}");
     }
     modules::load_listed(modules::BOOT);
-    sys::loopback_up().unwrap_or_else(|error| say!("lo: {error}"));
+    // Containers that cannot join it say so themselves.
+    namespace::make(Path::new(namespace::PATH)).unwrap_or_else(|error| say!("{error}"));
     Ok(())
 }
 
@@ -75,7 +79,7 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     clock.ready_ns.store(monotonic_ns(), Ordering::Relaxed);
-    let ready = announce().await;
+    let ready = tokio::spawn(stay_announced());
     tokio::spawn(async {
         tokio::time::sleep(LATER).await;
         tokio::task::spawn_blocking(|| modules::load_listed(modules::LATER)).await
@@ -96,7 +100,7 @@ async fn serve(started_ns: u64) -> io::Result<()> {
         _ = terminate.recv() => registry.shut_down(power::BUTTON_GRACE).await,
         _ = interrupt.recv() => registry.shut_down(power::BUTTON_GRACE).await,
     }
-    drop(ready);
+    ready.abort();
     Ok(())
 }
 
@@ -106,7 +110,36 @@ fn because(what: &str, ended: Result<io::Error, tokio::task::JoinError>) -> io::
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
-/// Tells the host that both ports listen. The connection is kept: its end is the guest's.
+/// Tells the host that both ports listen, and again whenever the connection is reset: then the guest
+/// has been restored, and the kernel has ended every connection of before.
+async fn stay_announced() {
+    while let Some(connection) = announce().await {
+        match ended(connection).await {
+            // Linux says ENOTCONN of a connection that the device has reset.
+            Err(_) => {}
+            // The host wants no more of it.
+            Ok(()) => return,
+        }
+    }
+}
+
+/// Says the byte by which the host knows that this end, too, is connected, so that a reset can end it;
+/// returns when the host closes the connection.
+async fn ended(connection: std::os::fd::OwnedFd) -> io::Result<()> {
+    // A reset is an error that is not readable: tokio's readers do not wake up for it.
+    let interest = Interest::READABLE | Interest::ERROR;
+    let connection = crate::sys::watch_for(connection, interest)?;
+    nix::unistd::write(connection.get_ref(), &[0])?;
+    loop {
+        let mut guard = connection.ready(interest).await?;
+        match nix::unistd::read(connection.get_ref(), &mut [0]) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EAGAIN) => guard.clear_ready(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 async fn announce() -> Option<std::os::fd::OwnedFd> {
     match tokio::time::timeout(READY_DEADLINE, vsock::connect_to_host(READY_PORT)).await {
         Ok(Ok(connection)) => Some(connection),

@@ -2,6 +2,7 @@
 //! codes.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use spore_agent_api::API_VERSION;
 use spore_agent_api::v1::container as pb;
 use spore_agent_api::v1::container_ttrpc::{self, create_container};
 use spore_agent_api::v1::files_ttrpc::create_files;
+use spore_agent_api::v1::network_ttrpc::create_network;
 use spore_agent_api::v1::sandbox as sb;
 use spore_agent_api::v1::sandbox_ttrpc::{self, create_sandbox};
 use tokio::sync::Notify;
@@ -25,6 +27,8 @@ use crate::container::process::Status;
 use crate::container::registry::{CreateContainer, ExecProcess, Registry};
 use crate::error::AgentError;
 use crate::files::service::Files;
+use crate::identity;
+use crate::network::service::Network;
 use crate::say;
 use crate::stdio::make::Wanted;
 use crate::vsock::{VsockListener, VsockStream};
@@ -71,6 +75,7 @@ pub async fn serve(
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(Listener::new(connections))
         .register_service(create_sandbox(sandbox))
+        .register_service(create_network(Arc::new(Network::default())))
         .register_service(create_files(Arc::new(Files::new(Arc::clone(&registry)))))
         .register_service(create_container(Arc::new(Containers { registry })));
     server.start().await.map_err(io::Error::other)?;
@@ -94,7 +99,7 @@ fn internal(what: &str, error: impl std::fmt::Display) -> ttrpc::Error {
 }
 
 /// Runs work to its end even if its client goes away.
-async fn detached<T: Send + 'static>(
+pub(crate) async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, AgentError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(work).await {
@@ -305,6 +310,7 @@ impl sandbox_ttrpc::Sandbox for Sandbox {
                 .and_then(|random| crate::sys::add_entropy(random.as_fd(), &request.entropy))
                 .map_err(|error| internal("add entropy", error))?;
         }
+        identity::renew(Path::new(identity::BOOT_ID)).map_err(|error| internal("make a boot id", error))?;
         Ok(sb::SetupResponse::default())
     }
 

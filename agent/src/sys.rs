@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// How a child ended, as a shell counts it: the exit code, or 128 + the signal's number.
@@ -192,4 +193,10 @@ pub fn terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is valid and stays the same open descriptor until it is dropped.
     unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}
+
+/// The same for some events only, or for errors too.
+pub fn watch_for(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is valid and stays the same open descriptor until it is dropped.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }

@@ -6,9 +6,11 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use futures::FutureExt;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, VsockAddr, accept4, bind, connect, getpeername,
@@ -16,6 +18,8 @@ use nix::sys::socket::{
 };
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::stdio::pump;
 
 const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
 const BACKLOG: i32 = 128;
@@ -126,18 +130,32 @@ pub async fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
 }
 
 /// A connected, non-blocking stream socket as tokio's traits want it (for ttrpc).
-pub struct VsockStream(AsyncFd<OwnedFd>);
+pub struct VsockStream {
+    socket: Arc<AsyncFd<OwnedFd>>,
+    /// A reset by the device wakes no reader, see [`pump::broken`].
+    broken: Pin<Box<dyn Future<Output = io::Error> + Send + Sync>>,
+}
 
 impl VsockStream {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self(crate::sys::watch(fd)?))
+        let socket = Arc::new(crate::sys::watch(fd)?);
+        let watched = Arc::clone(&socket);
+        Ok(Self { socket, broken: Box::pin(async move { pump::broken(&watched).await }.fuse()) })
     }
 }
 
 impl AsyncRead for VsockStream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let socket = Arc::clone(&self.socket);
         loop {
-            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            let mut guard = match socket.poll_read_ready(cx) {
+                Poll::Ready(guard) => guard?,
+                Poll::Pending => return self.broken.as_mut().poll(cx).map(Err),
+            };
             let free = buf.initialize_unfilled();
             match guard.try_io(|fd| nix::unistd::read(fd.get_ref(), free).map_err(io::Error::from)) {
                 Ok(result) => return Poll::Ready(result.map(|count| buf.advance(count))),
@@ -150,7 +168,7 @@ impl AsyncRead for VsockStream {
 impl AsyncWrite for VsockStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         loop {
-            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            let mut guard = ready!(self.socket.poll_write_ready(cx))?;
             match guard.try_io(|fd| nix::unistd::write(fd.get_ref(), buf).map_err(io::Error::from)) {
                 Ok(result) => return Poll::Ready(result),
                 Err(_would_block) => {}
@@ -163,10 +181,12 @@ impl AsyncWrite for VsockStream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(match nix::sys::socket::shutdown(self.0.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
-            Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
-            Err(error) => Err(error.into()),
-        })
+        Poll::Ready(
+            match nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
+                Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+                Err(error) => Err(error.into()),
+            },
+        )
     }
 }
 

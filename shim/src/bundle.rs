@@ -34,6 +34,16 @@ pub(crate) enum NetworkNamespace {
     Path(PathBuf),
 }
 
+impl NetworkNamespace {
+    /// Where one is that was there before.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::New => None,
+            Self::Path(path) => Some(path),
+        }
+    }
+}
+
 /// A checked bundle.
 #[derive(Debug)]
 pub(crate) struct Bundle {
@@ -43,6 +53,8 @@ pub(crate) struct Bundle {
     pub(crate) annotations: HashMap<String, String>,
     pub(crate) limits: Limits,
     pub(crate) network: NetworkNamespace,
+    /// The container has a user namespace of its own.
+    pub(crate) user_namespace: bool,
     /// `root.path`, made absolute.
     pub(crate) root: PathBuf,
     pub(crate) hostname: String,
@@ -98,6 +110,7 @@ impl Bundle {
             annotations: spec.annotations().clone().unwrap_or_default(),
             limits: limits(&spec),
             network,
+            user_namespace: has_namespace(&spec, LinuxNamespaceType::User),
             root,
             hostname: spec.hostname().clone().unwrap_or_default(),
             hooks,
@@ -186,6 +199,11 @@ fn network(path: &Path, spec: &Spec) -> Result<NetworkNamespace, BundleError> {
             mend: "run the container without --net-host / --network=host".into(),
         }),
     }
+}
+
+fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| namespace.typ() == kind)
 }
 
 fn limits(spec: &Spec) -> Limits {

@@ -15,7 +15,17 @@ pub(crate) const PATH: &str = "/etc/spore/config.toml";
 pub(crate) const PATH_VARIABLE: &str = "SPORE_CONFIG";
 
 const PREFIX: &str = "io.spore.";
-const ALLOWED: [&str; 5] = ["vcpus", "memory_mib", "writable_size_mib", "export_changes", "debug"];
+const ALLOWED: [&str; 9] = [
+    "vcpus",
+    "memory_mib",
+    "writable_size_mib",
+    "export_changes",
+    "debug",
+    "network_rx_bytes_per_second",
+    "network_rx_packets_per_second",
+    "network_tx_bytes_per_second",
+    "network_tx_packets_per_second",
+];
 /// Memory that the guest's kernel and agent need beside the container's.
 pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// Smallest class that is chosen from a limit.
@@ -32,7 +42,8 @@ pub enum ConfigError {
     #[error("configuration {path}: {key} is {found}, allowed is {allowed}")]
     Value { path: PathBuf, key: &'static str, found: String, allowed: String },
     #[error(
-        "annotation {name}: not one that a container may set; allowed are io.spore.vcpus, io.spore.memory_mib, io.spore.writable_size_mib, io.spore.export_changes, io.spore.debug"
+        "annotation {name}: not one that a container may set; allowed are io.spore.{}",
+        ALLOWED.join(", io.spore.")
     )]
     AnnotationNotAllowed { name: String },
     #[error("annotation {name}: value {found:?} is not allowed, expected {allowed}")]
@@ -60,6 +71,8 @@ pub struct Config {
     pub(crate) writable_size_mib: u64,
     /// Whether clients that commit, diff or copy see what a container changed.
     pub(crate) export_changes: bool,
+    /// Whether guests are restored from templates of booted ones.
+    pub(crate) boot_templates: bool,
     /// From VMM start until the agent answers.
     pub(crate) boot_deadline_s: u64,
     pub(crate) debug: bool,
@@ -81,6 +94,7 @@ impl Default for Config {
             run_dir: "/run/spore".into(),
             writable_size_mib: 10240,
             export_changes: true,
+            boot_templates: true,
             boot_deadline_s: 60,
             debug: false,
             timeline: None,
@@ -107,6 +121,21 @@ pub(crate) struct Machine {
     pub(crate) writable_size_mib: u64,
     pub(crate) export_changes: bool,
     pub(crate) debug: bool,
+    pub(crate) network: NetworkLimits,
+}
+
+/// How much of one kind may pass in a second; 0: any amount.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Rate {
+    pub(crate) bytes: u64,
+    pub(crate) packets: u64,
+}
+
+/// What the container may receive and send by each of its interfaces.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct NetworkLimits {
+    pub(crate) received: Rate,
+    pub(crate) sent: Rate,
 }
 
 impl Config {
@@ -200,6 +229,11 @@ impl Config {
             .unwrap_or(self.memory_mib);
         let writable_size_mib = number("writable_size_mib", MIN_WRITABLE_MIB, MAX_WRITABLE_MIB)?
             .unwrap_or(self.writable_size_mib);
+        let rate = |direction: &str| -> Result<Rate, ConfigError> {
+            let limit = |what: &str| number(&format!("network_{direction}_{what}_per_second"), 1, u64::MAX);
+            Ok(Rate { bytes: limit("bytes")?.unwrap_or(0), packets: limit("packets")?.unwrap_or(0) })
+        };
+        let network = NetworkLimits { received: rate("rx")?, sent: rate("tx")? };
         let switch = |key: &str, default: bool| {
             let name = format!("{PREFIX}{key}");
             match annotations.get(&name).map(String::as_str) {
@@ -215,7 +249,7 @@ impl Config {
         };
         let export_changes = switch("export_changes", self.export_changes)?;
         let debug = switch("debug", self.debug)?;
-        Ok(Machine { vcpus, memory_mib, writable_size_mib, export_changes, debug })
+        Ok(Machine { vcpus, memory_mib, writable_size_mib, export_changes, debug, network })
     }
 }
 
@@ -245,6 +279,11 @@ fn memory_class(bytes: u64, host_mib: u64) -> u64 {
         class = next;
     }
     class
+}
+
+/// Whether there can be such a machine.
+pub(crate) fn is_machine(vcpus: u8, memory_mib: u64) -> bool {
+    (1..=MAX_VCPUS).contains(&vcpus) && (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&memory_mib)
 }
 
 fn host_memory_mib() -> u64 {
@@ -359,6 +398,20 @@ mod tests {
                 config.machine(&annotations(&[(name, value)]), &Limits::default()).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains(value), "{message}");
         }
+    }
+
+    #[test]
+    fn rates_of_the_network_are_annotations() {
+        let wanted = annotations(&[
+            ("io.spore.network_rx_bytes_per_second", "1000000"),
+            ("io.spore.network_tx_packets_per_second", "50"),
+        ]);
+        let machine = Config::default().machine(&wanted, &Limits::default()).unwrap();
+        assert_eq!(machine.network.received, Rate { bytes: 1_000_000, packets: 0 });
+        assert_eq!(machine.network.sent, Rate { bytes: 0, packets: 50 });
+        let none = annotations(&[("io.spore.network_rx_bytes_per_second", "0")]);
+        let message = Config::default().machine(&none, &Limits::default()).unwrap_err().to_string();
+        assert!(message.contains("expected a number from 1"), "{message}");
     }
 
     #[test]

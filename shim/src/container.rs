@@ -1,9 +1,10 @@
 //! One container of the sandbox: its life from created to deleted, and the order of its
-//! events. `turn` is the one lock; whoever publishes an event of the container holds it,
+//! events. `turn` is the one lock (beside `disks`, which checkpoints take before it); whoever publishes an event of the container holds it,
 //! so that TaskStart precedes TaskExit precedes TaskDelete. It is held across calls to the
 //! guest, so what must not wait for a guest (State) reads `phase` without it.
 
 mod changes;
+mod checkpoint;
 mod end;
 mod exec;
 mod files;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use ttrpc::Code;
 
+pub(crate) use self::checkpoint::HeldDisks;
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
 use self::limits::Checked;
@@ -32,6 +34,7 @@ use crate::guest::{Guest, GuestError, GuestProcess};
 use crate::holder::Holder;
 use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Stdio, Streams};
+use crate::network::Network;
 use crate::rootfs::Changes;
 use crate::vm::Vm;
 
@@ -72,12 +75,17 @@ impl Phase {
 
 pub(crate) struct Container {
     pub(crate) id: String,
+    /// By which the guest knows it: another one if it was restored under a new name.
+    pub(crate) guest_id: String,
     pub(crate) bundle: String,
     pub(crate) stdio: Stdio,
+    /// Whether its streams are a terminal in the guest.
+    terminal: bool,
     /// The holder's.
     pub(crate) pid: u32,
     pub(crate) vm: Arc<Vm>,
     guest: Arc<Guest>,
+    network: Arc<Network>,
     events: Events,
     log: Logger,
     turn: tokio::sync::Mutex<()>,
@@ -92,6 +100,9 @@ pub(crate) struct Container {
     hooks: (Hooks, Told),
     /// Where they are exported to, if they are.
     changes: Option<Changes>,
+    /// Whether it comes out of a checkpoint.
+    restored: bool,
+    disks: tokio::sync::Mutex<HeldDisks>,
     /// Follows kills for lack of memory.
     memory: Mutex<Option<JoinHandle<()>>>,
 }
@@ -99,10 +110,16 @@ pub(crate) struct Container {
 /// What a container consists of once the guest has it.
 pub(crate) struct Parts {
     pub(crate) id: String,
+    pub(crate) guest_id: String,
+    /// It comes out of a checkpoint: it is started by being thawed.
+    pub(crate) restored: bool,
+    pub(crate) terminal: bool,
+    pub(crate) disks: HeldDisks,
     pub(crate) bundle: String,
     pub(crate) stdio: Stdio,
     pub(crate) vm: Arc<Vm>,
     pub(crate) guest: Arc<Guest>,
+    pub(crate) network: Arc<Network>,
     pub(crate) streams: Streams,
     pub(crate) holder: Holder,
     pub(crate) hooks: (Hooks, Told),
@@ -114,12 +131,17 @@ impl Container {
         Self {
             log: log.new(slog::o!("task" => parts.id.clone())),
             id: parts.id,
+            guest_id: parts.guest_id,
+            restored: parts.restored,
+            terminal: parts.terminal,
+            disks: tokio::sync::Mutex::new(parts.disks),
             bundle: parts.bundle,
             stdio: parts.stdio,
             pid: parts.holder.id().pid,
             ending: Ending::new(parts.holder.pidfd()),
             vm: parts.vm,
             guest: parts.guest,
+            network: parts.network,
             events,
             turn: tokio::sync::Mutex::default(),
             phase: Mutex::new(Phase::Created),
@@ -140,10 +162,17 @@ impl Container {
             Phase::Created => {}
             phase => return Err(Error::State(format!("cannot start a {} process", phase.name()))),
         }
+        // What came since Create: Docker sets the network up in between.
+        self.network.sync(&self.vm, &self.guest).await?;
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
-        with_vm(&self.vm, "starting the container", self.guest.start(&self.id, "")).await?;
+        if self.restored {
+            with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
+        } else {
+            with_vm(&self.vm, "starting the container", self.guest.start(&self.guest_id, "")).await?;
+        }
         self.enter(Phase::Running);
+        self.network.follow(Arc::clone(&self.vm), Arc::clone(&self.guest));
         let watching = tokio::spawn(Arc::clone(self).watch_memory());
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(watching);
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
@@ -192,8 +221,9 @@ impl Container {
             return Ok(Vec::new());
         }
         let asked = async {
-            let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.id)).await?;
-            let mut processes = with_vm(&self.vm, "asking for processes", self.guest.pids(&self.id)).await?;
+            let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.guest_id)).await?;
+            let mut processes =
+                with_vm(&self.vm, "asking for processes", self.guest.pids(&self.guest_id)).await?;
             processes.sort_by_key(|process| process.pid != init);
             Ok(processes)
         };
@@ -211,14 +241,14 @@ impl Container {
         let _turn = self.turn.lock().await;
         match (self.phase(), frozen) {
             (Phase::Running, true) => {
-                with_vm(&self.vm, "pausing the container", self.guest.pause(&self.id)).await?;
+                with_vm(&self.vm, "pausing the container", self.guest.pause(&self.guest_id)).await?;
                 self.export_for_pause().await?;
                 self.enter(Phase::Paused);
                 self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
             (Phase::Paused, false) => {
                 self.take_changes_back().await?;
-                with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await?;
+                with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
                 self.enter(Phase::Running);
                 self.events.send(TaskResumed { container_id: self.id.clone(), ..Default::default() });
             }
@@ -233,8 +263,12 @@ impl Container {
     /// The container's counters. A stopped container has none.
     pub(crate) async fn stats(&self) -> Result<Metrics, Error> {
         self.alive("ask for the counters of")?;
-        let files = with_vm(&self.vm, "asking for counters", self.guest.stats(&self.id)).await?;
-        Ok(crate::stats::metrics(&files))
+        let files = with_vm(&self.vm, "asking for counters", self.guest.stats(&self.guest_id)).await?;
+        let counters = self.network.counters().await.unwrap_or_else(|error| {
+            warn!(self.log, "the network's counters cannot be read"; "error" => %error);
+            Vec::new()
+        });
+        Ok(crate::stats::metrics(&files, counters))
     }
 
     /// Changes limits, within the machine that the container has; memory of it that they leave
@@ -243,7 +277,7 @@ impl Container {
         let _turn = self.turn.lock().await;
         self.alive("update")?;
         let Checked { resources, balloon_mib } = limits::checked(resources, self.vm.machine())?;
-        with_vm(&self.vm, "updating the container", self.guest.update(&self.id, resources)).await?;
+        with_vm(&self.vm, "updating the container", self.guest.update(&self.guest_id, resources)).await?;
         if let Some(mib) = balloon_mib
             && let Err(error) = self.vm.set_balloon(mib).await
         {
@@ -255,7 +289,8 @@ impl Container {
 
     pub(crate) async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {
         self.alive("resize")?;
-        with_vm(&self.vm, "resizing a terminal", self.guest.resize(&self.id, exec_id, width, height)).await
+        with_vm(&self.vm, "resizing a terminal", self.guest.resize(&self.guest_id, exec_id, width, height))
+            .await
     }
 
     /// Its processes still exist, as far as is known.
@@ -304,6 +339,8 @@ impl Container {
             self.delete_in_guest().await;
         }
         self.forget_execs();
+        // Before its namespace goes with the holder.
+        self.network.close().await;
         drop(self.holder.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.run_hooks(Point::Poststop).await;
         self.enter(Phase::Deleted);
@@ -318,7 +355,7 @@ impl Container {
     }
 
     async fn delete_in_guest(&self) {
-        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.id, "")).await {
+        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.guest_id, "")).await {
             Ok(()) | Err(Error::Vm(_)) => {}
             Err(Error::Guest(GuestError::Refused { code: Code::NOT_FOUND, .. })) => {}
             // The VM goes anyway; what the guest had not written back is lost.

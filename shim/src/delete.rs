@@ -18,6 +18,7 @@ use crate::container::timestamp;
 use crate::hooks::Point;
 use crate::rootfs;
 use crate::rundir::{self, RunDir};
+use crate::snapshot::Store;
 
 /// 128 + SIGKILL: what runc's shim reports here.
 const KILLED: u32 = 137;
@@ -59,6 +60,7 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
     }
     rootfs::collect_garbage(&config.state_dir);
     rootfs::sweep(&config.state_dir);
+    Store::new(&config.state_dir).sweep();
     if let Some(holder) = record.holder.filter(|_| !record.ending)
         && let Err(problem) = poststop(bundle, &flags.id, holder.pid)
     {

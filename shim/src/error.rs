@@ -9,7 +9,9 @@ use crate::guest::GuestError;
 use crate::holder::HolderError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
+use crate::network::NetworkError;
 use crate::rootfs::{ChangesError, RootfsError};
+use crate::snapshot::{ImportError, StoreError};
 use crate::vm::VmError;
 use crate::volumes::VolumeError;
 
@@ -57,6 +59,12 @@ pub(crate) enum Error {
     Hook(#[from] HookError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Snapshot(#[from] StoreError),
+    #[error(transparent)]
+    Import(#[from] ImportError),
 }
 
 impl Error {
@@ -76,6 +84,22 @@ impl Error {
                 VolumeError::Kind { .. } => Code::INVALID_ARGUMENT,
                 VolumeError::Server { .. } | VolumeError::Refused { .. } => Code::INTERNAL,
             },
+            Self::Snapshot(error) | Self::Import(ImportError::Store(error)) => match error {
+                StoreError::NoSuch { .. } => Code::NOT_FOUND,
+                StoreError::Host { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                    Code::NOT_FOUND
+                }
+                StoreError::Exists { .. } => Code::ALREADY_EXISTS,
+                StoreError::DiskFull { .. } | StoreError::NoRoom { .. } | StoreError::Quota { .. } => {
+                    Code::RESOURCE_EXHAUSTED
+                }
+                StoreError::Manifest { .. } | StoreError::File { .. } => Code::INVALID_ARGUMENT,
+                _ => Code::INTERNAL,
+            },
+            Self::Import(ImportError::Read(_)) => Code::INTERNAL,
+            Self::Import(_) => Code::INVALID_ARGUMENT,
+            Self::Network(error) if error.is_refusal() => Code::FAILED_PRECONDITION,
+            Self::Network(_) => Code::INTERNAL,
             Self::Config(_) => Code::INVALID_ARGUMENT,
             Self::Bundle(error) => match error {
                 BundleError::Unsupported { .. } => Code::UNIMPLEMENTED,
@@ -88,7 +112,7 @@ impl Error {
             },
             Self::Rootfs(error) => match error {
                 RootfsError::Unsupported { .. } => Code::INVALID_ARGUMENT,
-                RootfsError::InUse { .. } => Code::FAILED_PRECONDITION,
+                RootfsError::InUse { .. } | RootfsError::Occupied { .. } => Code::FAILED_PRECONDITION,
                 RootfsError::DiskFull { .. } => Code::RESOURCE_EXHAUSTED,
                 _ => Code::INTERNAL,
             },
@@ -157,9 +181,9 @@ mod tests {
             status(Error::State("cannot start a stopped process".into())).0,
             Code::FAILED_PRECONDITION
         );
-        let (code, message) = status(Error::Unimplemented("task method Checkpoint".into()));
+        let (code, message) = status(Error::Unimplemented("task method Magic".into()));
         assert_eq!(code, Code::UNIMPLEMENTED);
-        assert!(message.contains("Checkpoint"));
+        assert!(message.contains("Magic"));
     }
 
     #[test]

@@ -36,65 +36,68 @@ struct Files {
 }
 
 impl Files {
-    fn find(&self, id: &str) -> Result<Arc<Container>, Error> {
-        self.sandbox.container(id)
+    /// The container; the guest is to be asked for it by the id that it has there.
+    fn find(&self, id: &mut String) -> Result<Arc<Container>, Error> {
+        let container = self.sandbox.container(id)?;
+        id.clone_from(&container.guest_id);
+        Ok(container)
     }
 }
 
 #[async_trait]
 impl files_ttrpc::Files for Files {
-    async fn stat(&self, _: &TtrpcContext, request: StatRequest) -> ttrpc::Result<StatResponse> {
-        let container = self.find(&request.id)?;
+    async fn stat(&self, _: &TtrpcContext, mut request: StatRequest) -> ttrpc::Result<StatResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("stat", |files, context| files.stat(context, &request)).await?)
     }
 
-    async fn list(&self, _: &TtrpcContext, request: ListRequest) -> ttrpc::Result<ListResponse> {
-        let container = self.find(&request.id)?;
+    async fn list(&self, _: &TtrpcContext, mut request: ListRequest) -> ttrpc::Result<ListResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("list", |files, context| files.list(context, &request)).await?)
     }
 
-    async fn read(&self, _: &TtrpcContext, request: ReadRequest) -> ttrpc::Result<ReadResponse> {
-        let container = self.find(&request.id)?;
+    async fn read(&self, _: &TtrpcContext, mut request: ReadRequest) -> ttrpc::Result<ReadResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("read", |files, context| files.read(context, &request)).await?)
     }
 
-    async fn write(&self, _: &TtrpcContext, request: WriteRequest) -> ttrpc::Result<WriteResponse> {
-        let container = self.find(&request.id)?;
+    async fn write(&self, _: &TtrpcContext, mut request: WriteRequest) -> ttrpc::Result<WriteResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("write", |files, context| files.write(context, &request)).await?)
     }
 
-    async fn remove(&self, _: &TtrpcContext, request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
-        let container = self.find(&request.id)?;
+    async fn remove(&self, _: &TtrpcContext, mut request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("remove", |files, context| files.remove(context, &request)).await?)
     }
 
-    async fn rename(&self, _: &TtrpcContext, request: RenameRequest) -> ttrpc::Result<RenameResponse> {
-        let container = self.find(&request.id)?;
+    async fn rename(&self, _: &TtrpcContext, mut request: RenameRequest) -> ttrpc::Result<RenameResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("rename", |files, context| files.rename(context, &request)).await?)
     }
 
     async fn make_directory(
         &self,
         _: &TtrpcContext,
-        request: MakeDirectoryRequest,
+        mut request: MakeDirectoryRequest,
     ) -> ttrpc::Result<MakeDirectoryResponse> {
-        let container = self.find(&request.id)?;
+        let container = self.find(&mut request.id)?;
         let ask =
             container.ask_files("make directory", |files, context| files.make_directory(context, &request));
         Ok(ask.await?)
     }
 
-    async fn link(&self, _: &TtrpcContext, request: LinkRequest) -> ttrpc::Result<LinkResponse> {
-        let container = self.find(&request.id)?;
+    async fn link(&self, _: &TtrpcContext, mut request: LinkRequest) -> ttrpc::Result<LinkResponse> {
+        let container = self.find(&mut request.id)?;
         Ok(container.ask_files("make link", |files, context| files.link(context, &request)).await?)
     }
 
     async fn set_attributes(
         &self,
         _: &TtrpcContext,
-        request: SetAttributesRequest,
+        mut request: SetAttributesRequest,
     ) -> ttrpc::Result<SetAttributesResponse> {
-        let container = self.find(&request.id)?;
+        let container = self.find(&mut request.id)?;
         let ask =
             container.ask_files("set attributes", |files, context| files.set_attributes(context, &request));
         Ok(ask.await?)
@@ -103,10 +106,10 @@ impl files_ttrpc::Files for Files {
     async fn watch(
         &self,
         _: &TtrpcContext,
-        request: WatchRequest,
+        mut request: WatchRequest,
         events: ServerStreamSender<WatchEvent>,
     ) -> ttrpc::Result<()> {
-        let watch = self.find(&request.id)?.watch_files(&request).await?;
+        let watch = self.find(&mut request.id)?.watch_files(&request).await?;
         let (sender, waiting) = mpsc::channel(WAITING_EVENTS);
         let queue = Queue { waiting: sender, lost: false };
         let (followed, ()) = tokio::join!(follow(watch, queue), deliver(waiting, events));

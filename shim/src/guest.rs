@@ -3,6 +3,8 @@
 //! The guest is not trusted: what it answers is bounded and cleaned here, before anybody sees
 //! it. ttrpc itself takes no frame above 4 MiB.
 
+mod network;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +13,7 @@ use spore_agent_api::files::MAX_EVENT_PATH;
 use spore_agent_api::stream::{self, Hello, Kind};
 use spore_agent_api::v1::files::{WatchEvent, WatchRequest};
 use spore_agent_api::v1::files_ttrpc::FilesClient;
+use spore_agent_api::v1::network_ttrpc::NetworkClient;
 use spore_agent_api::v1::{container, container_ttrpc, sandbox, sandbox_ttrpc};
 use spore_agent_api::{RPC_PORT, STDIO_PORT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +23,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
+use crate::network::mirror::Mirror;
 use crate::vm::Vm;
 
 /// Most calls are answered in microseconds; a guest that takes longer is in trouble.
@@ -28,11 +32,16 @@ const CALL: Duration = Duration::from_secs(30);
 const CREATE: Duration = Duration::from_secs(120);
 /// Facts for the timeline, which wait for nothing in the guest.
 const INFO: Duration = Duration::from_secs(2);
+/// How long a stream may be held by a connection that was reset, and how often it is asked for.
+const RELEASE: Duration = Duration::from_secs(2);
+const ASK_AGAIN: Duration = Duration::from_millis(2);
 /// Bytes for the guest's random pool.
 const ENTROPY: usize = 64;
 /// Most pids of a container that are believed, and most bytes of a text.
 const MOST_PIDS: usize = 4096;
 const MOST_TEXT: usize = 8 * 1024;
+/// Most problems of an update of the network that are told.
+const MOST_PROBLEMS: usize = 8;
 /// Most bytes of an exec's or a command's name.
 const MOST_NAME: usize = 128;
 
@@ -111,6 +120,7 @@ pub(crate) struct Guest {
     sandbox: sandbox_ttrpc::SandboxClient,
     container: container_ttrpc::ContainerClient,
     files: FilesClient,
+    network: NetworkClient,
 }
 
 /// Changes of files, as the guest tells them. Its connection is its own: with it the watch ends.
@@ -145,7 +155,8 @@ impl Guest {
             vm,
             sandbox: sandbox_ttrpc::SandboxClient::new(client.clone()),
             container: container_ttrpc::ContainerClient::new(client.clone()),
-            files: FilesClient::new(client),
+            files: FilesClient::new(client.clone()),
+            network: NetworkClient::new(client),
         })
     }
 
@@ -249,6 +260,13 @@ impl Guest {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes the guest's network what `mirror` says; returns what its kernel refused.
+    pub(crate) async fn update_network(&self, mirror: &Mirror) -> Result<Vec<String>, GuestError> {
+        let answer = self.network.update(with_duration(CALL), &network::request(mirror)).await;
+        let problems = answer.map_err(|error| failed("network", error))?.problems;
+        Ok(problems.into_iter().take(MOST_PROBLEMS).map(|problem| clean(&problem.message)).collect())
     }
 
     /// Answers when the process has ended.
@@ -365,21 +383,29 @@ impl Guest {
         Ok(answer.pid)
     }
 
-    /// Opens one stdio stream of a process.
+    /// Opens one stdio stream of a process, if it has it: one that is restored has those that it was created with.
     pub(crate) async fn open_stdio(
         &self,
         id: &str,
         exec_id: &str,
         kind: Kind,
-    ) -> Result<UnixStream, GuestError> {
+    ) -> Result<Option<UnixStream>, GuestError> {
         let fail = |detail: String| GuestError::Connect { what: "open a stdio stream", detail };
-        let (stream, answer) = self.open_stream(id, exec_id, kind).await.map_err(fail)?;
-        match answer {
-            stream::ATTACHED => Ok(stream),
-            stream::REFUSED_NO_SUCH_PROCESS => Err(fail("the guest knows no such process".into())),
-            stream::REFUSED_NO_SUCH_STREAM => Err(fail(format!("the process has no {kind:?} stream"))),
-            stream::REFUSED_ALREADY_ATTACHED => Err(fail("the stream is attached already".into())),
-            other => Err(fail(format!("refused with code {other}"))),
+        let deadline = tokio::time::Instant::now() + RELEASE;
+        loop {
+            let (stream, answer) = self.open_stream(id, exec_id, kind).await.map_err(fail)?;
+            return match answer {
+                stream::ATTACHED => Ok(Some(stream)),
+                stream::REFUSED_NO_SUCH_STREAM => Ok(None),
+                // The agent of a guest that was restored may still have to notice that its connections are gone.
+                stream::REFUSED_ALREADY_ATTACHED if tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    continue;
+                }
+                stream::REFUSED_ALREADY_ATTACHED => Err(fail("the stream is attached already".into())),
+                stream::REFUSED_NO_SUCH_PROCESS => Err(fail("the guest knows no such process".into())),
+                other => Err(fail(format!("refused with code {other}"))),
+            };
         }
     }
 

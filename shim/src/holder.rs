@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::bundle::NetworkNamespace;
+use crate::network;
 use crate::process::{self, ProcessId};
 
 pub(crate) const SUBCOMMAND: &str = "holder";
@@ -117,7 +118,11 @@ fn enter(path: Option<&str>) -> Result<(), String> {
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| format!("PDEATHSIG: {error}"))?;
     let _ = prctl::set_name(c"spore-holder");
     match path {
-        None => unshare(CloneFlags::CLONE_NEWNET).map_err(|error| format!("new network namespace: {error}")),
+        None => {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|error| format!("new network namespace: {error}"))?;
+            // As runc has it before the hooks run.
+            network::loopback_up().map_err(|error| error.to_string())
+        }
         Some(path) => {
             let file = File::open(path).map_err(|error| {
                 format!(

@@ -22,7 +22,6 @@ use std::time::Duration;
 use slog::{Logger as Log, debug, warn};
 use spore_agent_api::stream::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::net::unix::pipe::{OpenOptions, Receiver, Sender};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
@@ -190,22 +189,35 @@ impl Streams {
     pub(crate) async fn attach(
         guest: &Guest,
         (id, exec_id): (&str, &str),
-        terminal: bool,
+        (terminal, restored): (bool, bool),
         ends: Ends,
         log: &Log,
     ) -> Result<Self, GuestError> {
+        // A restored process has the streams that it was created with: fewer than are wanted now, or more, which
+        // nobody reads, so that they must be emptied.
+        let open = async |name: &'static str, kind: Kind| match guest.open_stdio(id, exec_id, kind).await? {
+            None if !restored => Err(GuestError::Connect {
+                what: "open a stdio stream",
+                detail: format!("the process has no {name}"),
+            }),
+            stream => Ok(stream),
+        };
         let mut streams = Self::new(log);
         streams.logger = Mutex::new(ends.logger);
         if terminal {
-            if ends.stdin.is_some() || ends.stdout.is_some() {
-                let (from_guest, to_guest) = guest.open_stdio(id, exec_id, Kind::Stdin).await?.into_split();
+            if (ends.stdin.is_some() || ends.stdout.is_some() || restored)
+                && let Some(stream) = open("terminal", Kind::Stdin).await?
+            {
+                let (from_guest, to_guest) = stream.into_split();
                 let rest = streams.set_input(ends.stdin, to_guest);
                 streams.start_output("terminal", ends.stdout, from_guest, rest);
             }
             return Ok(streams);
         }
-        if ends.stdin.is_some() {
-            let (from_guest, to_guest) = guest.open_stdio(id, exec_id, Kind::Stdin).await?.into_split();
+        if ends.stdin.is_some()
+            && let Some(stream) = open("stdin", Kind::Stdin).await?
+        {
+            let (from_guest, to_guest) = stream.into_split();
             streams.set_input(ends.stdin, to_guest);
             // Nothing comes back on it.
             drop(from_guest);
@@ -213,8 +225,9 @@ impl Streams {
         for (name, kind, sink) in
             [("stdout", Kind::Stdout, ends.stdout), ("stderr", Kind::Stderr, ends.stderr)]
         {
-            if sink.is_some() {
-                let stream: UnixStream = guest.open_stdio(id, exec_id, kind).await?;
+            if (sink.is_some() || restored)
+                && let Some(stream) = open(name, kind).await?
+            {
                 let (from_guest, to_guest) = stream.into_split();
                 streams.start_output(name, sink, from_guest, Some(to_guest));
             }

@@ -11,6 +11,8 @@
 
 mod bootstrap;
 mod bundle;
+mod capabilities;
+mod checkpoint;
 mod config;
 mod container;
 mod delete;
@@ -22,13 +24,16 @@ mod holder;
 mod hooks;
 mod io;
 mod logging;
+mod network;
 mod process;
 mod rootfs;
 mod rundir;
 mod sandbox;
 mod serve;
+pub mod snapshot;
 mod stats;
 mod task;
+mod template;
 mod timeline;
 mod vm;
 mod volumes;
@@ -39,9 +44,11 @@ use std::process::ExitCode;
 /// The name containerd derives this binary's name from.
 pub const RUNTIME: &str = "io.containerd.spore.v2";
 
+pub use capabilities::keep_only;
 pub use config::{Config, ConfigError};
 pub use error::chain;
 pub use guest::clean;
+pub use network::probe;
 pub use rootfs::next_data;
 pub use rundir::{Running, running};
 pub use volumes::protocol;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::network;
 use crate::process::ProcessId;
 use crate::rootfs;
 
@@ -33,6 +34,12 @@ pub(crate) struct Record {
     /// The shim is on its way out: who reclaims waits for it a little.
     #[serde(default)]
     pub(crate) ending: bool,
+    /// The network namespace that was there before the sandbox, and stays after it.
+    #[serde(default)]
+    pub(crate) network: Option<PathBuf>,
+    /// The inode of the one that the sandbox is in: others may have given it a path since.
+    #[serde(default)]
+    pub(crate) network_inode: Option<u64>,
     /// The machine's size, for whoever lists sandboxes.
     #[serde(default)]
     pub(crate) vcpus: Option<u8>,
@@ -247,6 +254,13 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
         if let Err(error) = process.kill(KILL_DEADLINE) {
             problems.push(format!("{name} process {}: kill: {error}", process.pid));
         }
+    }
+    // With the VMM its taps are gone.
+    let kept = record.network_inode.and_then(network::kept);
+    if let Some(namespace) = kept.or(record.network.clone())
+        && let Err(error) = network::reclaim(&namespace)
+    {
+        problems.push(error.to_string());
     }
     for (_, layer) in layers_in(path) {
         rootfs::sweep_layer(&layer);

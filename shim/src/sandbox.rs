@@ -5,6 +5,7 @@
 //! not leave half a sandbox; `Shutdown` abandons it.
 
 mod end;
+mod machine;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -14,22 +15,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use slog::{Logger, info, warn};
-use tokio::sync::{Notify, watch};
+use spore_agent_api::network::MOST_QUESTIONS;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
+use self::machine::{Ground, Ready};
 use crate::bundle::Bundle;
+use crate::checkpoint::{self, Restored};
 use crate::config::Config;
 use crate::container::{Container, Parts, with_vm};
 use crate::error::Error;
 use crate::events::Events;
-use crate::guest::{Guest, GuestRootfs};
 use crate::holder::Holder;
 use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Ends, Stdio, Streams};
+use crate::network::{self, Network};
 use crate::process::ProcessId;
 use crate::rootfs;
 use crate::rundir::RunDir;
+use crate::snapshot::Store;
 use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
 use crate::volumes::FileServer;
@@ -72,7 +76,10 @@ struct Making {
     dir: Option<Arc<RunDir>>,
     holder: Option<Holder>,
     vm: Option<Arc<Vm>>,
+    network: Option<Arc<Network>>,
     hooks: Option<(Hooks, Told)>,
+    /// A restored disk.
+    adopted: Arc<Mutex<Option<rootfs::Paths>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -160,9 +167,16 @@ impl Sandbox {
             {
                 warn!(self.context.log, "hook failed"; "error" => %error);
             }
+            if let Some(network) = making.network.take() {
+                network.close().await;
+            }
             drop(making.holder.take());
             if let Some(vm) = making.vm.take() {
                 vm.kill().await;
+            }
+            let adopted = lock(&making.adopted).take();
+            if let Some(Err(error)) = adopted.map(|paths| rootfs::forget_restored(&paths)) {
+                warn!(self.context.log, "a restored disk is not removed"; "error" => %error);
             }
             if let Some(dir) = making.dir.take() {
                 self.remove_dir(&dir);
@@ -178,9 +192,6 @@ impl Sandbox {
     ) -> Result<Arc<Container>, Error> {
         let Context { config, namespace, containerd, log, .. } = &self.context;
         let id = request.id.as_str();
-        if !request.checkpoint.is_empty() {
-            return Err(Error::Unimplemented(format!("create task {id} from a checkpoint")));
-        }
         if let Some(options) = request.options.as_ref() {
             let name = options.type_url.rsplit('/').next().unwrap_or_default();
             if !name.is_empty() && !KNOWN_OPTIONS.contains(&name) {
@@ -196,7 +207,11 @@ impl Sandbox {
         };
         stdio.check()?;
         let bundle = Bundle::load(Path::new(&request.bundle))?;
-        let machine = config.machine(&bundle.annotations, &bundle.limits)?;
+        let mut machine = config.machine(&bundle.annotations, &bundle.limits)?;
+        let restored = self.checkpointed(request, &bundle).await?;
+        if let Some(restored) = &restored {
+            (machine.vcpus, machine.memory_mib) = (restored.vcpus, restored.remembered.memory_mib);
+        }
         let files = HostFiles::open(config)?;
         let run_dir = RunDir::path_of(&config.run_dir, namespace, &self.context.id);
         let wanted = rootfs::Request {
@@ -215,7 +230,8 @@ impl Sandbox {
         let dir_error = |source| Error::RunDir { path: run_dir.clone(), source };
         let dir = Arc::new(RunDir::create(&config.run_dir, namespace, &self.context.id).map_err(dir_error)?);
         making.dir = Some(Arc::clone(&dir));
-        let vm = Arc::new(Vm::spawn(config, &machine, Arc::clone(&dir), log.clone())?);
+        let (asks, questions) = mpsc::channel(MOST_QUESTIONS);
+        let vm = Arc::new(Vm::spawn(config, &machine, Arc::clone(&dir), asks, log.clone())?);
         making.vm = Some(Arc::clone(&vm));
         vm.set_oom_score_adj(&bundle.guest_spec);
         self.mark("vmm_spawned_ns");
@@ -226,6 +242,8 @@ impl Sandbox {
             record.shim = ProcessId::this().ok();
             (record.vmm, record.holder) = (Some(processes.0), Some(processes.1));
             (record.vcpus, record.memory_mib) = (Some(machine.vcpus), Some(machine.memory_mib));
+            record.network = bundle.network.path().map(Into::into);
+            record.network_inode = network::inode(processes.1.pid);
         })
         .map_err(dir_error)?;
         info!(log, "virtual machine started"; "task" => id, "vmm" => processes.0.pid, "holder" => processes.1.pid,
@@ -237,57 +255,49 @@ impl Sandbox {
             bundle.hooks.run(point, &told).await?;
         }
 
-        // The guest boots while its disks are prepared.
-        let booting = Notify::new();
-        let guest = async {
-            let deadline = Instant::now() + config.boot_deadline();
-            vm.boot(config, &files).await?;
-            self.mark("vmm_ready_ns");
-            booting.notify_one();
-            vm.ready(deadline, config).await?;
-            self.mark("guest_ready_ns");
-            let guest = with_vm(&vm, "connecting to the agent", Guest::connect(Arc::clone(&vm))).await?;
-            with_vm(&vm, "setting the guest up", guest.setup(&bundle.hostname)).await?;
-            self.mark("agent_ready_ns");
-            Ok::<_, Error>(Arc::new(guest))
-        };
-        let disks = async {
-            let disks = rootfs::prepare(&wanted, source, log).await?;
-            self.mark("rootfs_ready_ns");
-            let volumes = self.serve_volumes(&bundle, &dir).await?;
-            booting.notified().await;
-            if let Some((server, sockets)) = volumes {
-                vm.attach_volumes(server, sockets).await?;
+        let adopted = Arc::clone(&making.adopted);
+        let ground =
+            Ground { vm: &vm, files: &files, bundle: &bundle, dir: &dir, wanted: &wanted, adopted: &adopted };
+        let remembered = restored.as_ref().map(|restored| restored.remembered.clone());
+        let ready = async {
+            match restored {
+                None => self.bring_up(&ground, source).await,
+                Some(restored) => self.bring_back(&ground, source, restored).await,
             }
-            let mut rootfs = GuestRootfs::default();
-            for file in &disks.lower {
-                rootfs.lower.push(vm.attach_disk(file, true).await?);
-            }
-            rootfs.writable = vm.attach_disk(&disks.writable, false).await?;
-            Ok::<_, Error>((rootfs, disks.paths(), disks.changes))
         };
-        let (guest, (rootfs, paths, changes)) = tokio::try_join!(guest, disks)?;
-
-        let (lower, writable) = (rootfs.lower.clone(), rootfs.writable.clone());
-        let created = guest.create(id, bundle.guest_spec, rootfs, stdio.wanted());
-        if let Err(error) = with_vm(&vm, "creating the container", created).await {
-            let of_a_disk = paths.explain(&lower, &writable, &error.to_string());
-            return Err(of_a_disk.map_or(error, Error::from));
-        }
-        // Not before: until now the container is a stopped one, of which clients see the changes.
-        if let Some(changes) = &changes {
-            changes.take_back().await?;
-        }
+        let network = async {
+            let (holder, refuse) = (processes.1.pid, bundle.user_namespace);
+            let network = Network::open(holder, refuse, machine.network, questions, log).await?;
+            making.network = Some(Arc::clone(&network));
+            Ok::<_, Error>(network)
+        };
+        let (ready, network) = tokio::try_join!(ready, network)?;
+        // Before the container: settings of its spec may be an interface's.
+        network.sync(&vm, &ready.guest).await?;
+        self.mark("network_ready_ns");
+        let (guest_id, terminal) = match &remembered {
+            None => {
+                self.create_in_guest(&vm, &ready, (id, bundle.guest_spec, stdio.wanted())).await?;
+                (id.to_owned(), stdio.terminal)
+            }
+            Some(remembered) => (remembered.guest_id.clone(), remembered.terminal),
+        };
         self.mark("container_created_ns");
-        let streams = Streams::attach(&guest, (id, ""), stdio.terminal, ends, log);
+        let Ready { guest, disks, changes, .. } = ready;
+        let streams = Streams::attach(&guest, (&guest_id, ""), (terminal, remembered.is_some()), ends, log);
         let streams = with_vm(&vm, "connecting standard streams", streams).await?;
         let holder = making.holder.take().ok_or_else(|| Error::Abandoned(id.into()))?;
         let parts = Parts {
             id: id.into(),
+            guest_id,
+            restored: remembered.is_some(),
+            terminal,
+            disks,
             bundle: bundle.path.display().to_string(),
             stdio,
             vm: Arc::clone(&vm),
             guest,
+            network,
             streams,
             holder,
             hooks: (bundle.hooks, told),
@@ -298,6 +308,29 @@ impl Sandbox {
         let this = Arc::clone(self);
         tokio::spawn(Arc::clone(&container).watch(move || this.mark("exit_seen_ns")));
         Ok(container)
+    }
+
+    /// The checkpoint that a task is to be created from, if there is one.
+    async fn checkpointed(
+        &self,
+        request: &CreateTaskRequest,
+        bundle: &Bundle,
+    ) -> Result<Option<Restored>, Error> {
+        if request.checkpoint.is_empty() {
+            return Ok(None);
+        }
+        if !bundle.volumes.is_empty() {
+            return Err(Error::Unimplemented(format!(
+                "create task {} from a checkpoint: it has bind mounts, whose state in the guest is not restored yet; one without any",
+                request.id
+            )));
+        }
+        let (store, path) = (self.store(), request.checkpoint.clone());
+        checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await.map(Some)
+    }
+
+    pub(crate) fn store(&self) -> Store {
+        Store::new(&self.context.config.state_dir)
     }
 
     /// Starts the server of the bundle's volumes, if it has some.

@@ -97,7 +97,7 @@ async fn serve(
     timeline.mark("serving_ns");
     let sandbox = Sandbox::new(context, timeline);
     let done = Arc::new(Notify::new());
-    let service = TaskService { sandbox: Arc::clone(&sandbox), done: Arc::clone(&done), log: log.clone() };
+    let service = TaskService { sandbox: Arc::clone(&sandbox), done: Arc::clone(&done) };
     let listener = Listener::try_from(listener).map_err(failed("listen"))?;
     let mut server = Server::new()
         .add_listener(listener)

@@ -7,14 +7,16 @@
 use std::collections::HashMap;
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
 use protobuf::MessageField;
+
+use crate::network::mirror::Counters;
 
 /// Most disks that are told.
 const MOST_DISKS: usize = 64;
 
-pub(crate) fn metrics(files: &HashMap<String, String>) -> Metrics {
+pub(crate) fn metrics(files: &HashMap<String, String>, network: Vec<Counters>) -> Metrics {
     let has = |name: &str| files.contains_key(name);
     Metrics {
         pids: some(has("pids.current"), || PidsStat {
@@ -27,6 +29,23 @@ pub(crate) fn metrics(files: &HashMap<String, String>) -> Metrics {
         memory_events: some(has("memory.events"), || memory_events(files)),
         io: some(has("io.stat"), || IOStat { usage: io(text(files, "io.stat")), ..Default::default() }),
         hugetlb: huge(files).into_iter().collect(),
+        network: network.into_iter().map(interface).collect(),
+        ..Default::default()
+    }
+}
+
+/// The host's own counters, of the interface that the guest's is joined to.
+fn interface(counters: Counters) -> NetworkStat {
+    NetworkStat {
+        name: counters.name,
+        rx_bytes: counters.rx_bytes,
+        rx_packets: counters.rx_packets,
+        rx_errors: counters.rx_errors,
+        rx_dropped: counters.rx_dropped,
+        tx_bytes: counters.tx_bytes,
+        tx_packets: counters.tx_packets,
+        tx_errors: counters.tx_errors,
+        tx_dropped: counters.tx_dropped,
         ..Default::default()
     }
 }
@@ -171,18 +190,23 @@ mod tests {
 
     #[test]
     fn counters_are_read_by_their_whole_names() {
-        let told = metrics(&files(&[
-            ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\n"),
-            (
-                "memory.stat",
-                "anon 5\nfile 7\nfile_mapped 3\nworkingset_refault_anon 1\nworkingset_refault_file 2\n",
-            ),
-            ("memory.current", "4096\n"),
-            ("memory.max", "max\n"),
-            ("pids.current", "2\n"),
-            ("pids.max", "max\n"),
-            ("io.stat", "254:0 rbytes=512 wbytes=1024 rios=1 wios=2 dbytes=0 dios=0\n254:16 \n"),
-        ]));
+        let told = metrics(
+            &files(&[
+                ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\n"),
+                (
+                    "memory.stat",
+                    "anon 5\nfile 7\nfile_mapped 3\nworkingset_refault_anon 1\nworkingset_refault_file 2\n",
+                ),
+                ("memory.current", "4096\n"),
+                ("memory.max", "max\n"),
+                ("pids.current", "2\n"),
+                ("pids.max", "max\n"),
+                ("io.stat", "254:0 rbytes=512 wbytes=1024 rios=1 wios=2 dbytes=0 dios=0\n254:16 \n"),
+            ]),
+            vec![Counters { name: "eth0".into(), rx_bytes: 7, tx_packets: 3, ..Counters::default() }],
+        );
+        let [eth0] = &told.network[..] else { panic!("{:?}", told.network) };
+        assert_eq!((eth0.name.as_str(), eth0.rx_bytes, eth0.tx_packets), ("eth0", 7, 3));
         assert_eq!((told.cpu.usage_usec, told.cpu.system_usec), (30, 10));
         assert_eq!((told.memory.file, told.memory.file_mapped, told.memory.workingset_refault), (7, 3, 3));
         assert_eq!((told.memory.usage, told.memory.usage_limit), (4096, u64::MAX));
@@ -194,15 +218,18 @@ mod tests {
     #[test]
     fn a_guests_nonsense_counts_as_nothing() {
         let disks = "7:7 rbytes=1\n".repeat(10_000);
-        let told = metrics(&files(&[
-            ("cpu.stat", "usage_usec -1\nuser_usec\nsystem_usec99"),
-            (
-                "memory.stat",
-                "\u{1b}[2J\nworkingset_refault_anon 18446744073709551615\nworkingset_refault_file 1\n",
-            ),
-            ("memory.current", "99999999999999999999999"),
-            ("io.stat", &disks),
-        ]));
+        let told = metrics(
+            &files(&[
+                ("cpu.stat", "usage_usec -1\nuser_usec\nsystem_usec99"),
+                (
+                    "memory.stat",
+                    "\u{1b}[2J\nworkingset_refault_anon 18446744073709551615\nworkingset_refault_file 1\n",
+                ),
+                ("memory.current", "99999999999999999999999"),
+                ("io.stat", &disks),
+            ]),
+            Vec::new(),
+        );
         assert_eq!((told.cpu.usage_usec, told.cpu.user_usec, told.cpu.system_usec), (0, 0, 0));
         assert_eq!((told.memory.usage, told.io.usage.len()), (0, MOST_DISKS));
     }

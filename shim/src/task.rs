@@ -18,10 +18,10 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::well_known_types::any::Any;
-use slog::{Logger, debug};
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::checkpoint::{Wishes, directories};
 use crate::container::{Container, Exec, timestamp};
 use crate::error::Error;
 use crate::io::Stdio;
@@ -38,7 +38,6 @@ pub(crate) struct TaskService {
     pub(crate) sandbox: Arc<Sandbox>,
     /// Told when the shim may end.
     pub(crate) done: Arc<Notify>,
-    pub(crate) log: Logger,
 }
 
 /// The method tables of both versions.
@@ -64,11 +63,6 @@ impl TaskService {
         }
         let exec = container.exec(exec_id)?;
         Ok(Process::Exec(container, exec))
-    }
-
-    fn refuse<T>(&self, method: &str) -> ttrpc::Result<T> {
-        debug!(self.log, "refused"; "method" => method);
-        Err(Error::Unimplemented(format!("task method {method}")).into())
     }
 }
 
@@ -274,7 +268,13 @@ impl Task for TaskService {
         Ok(StatsResponse { stats: Some(any(METRICS, &metrics)?).into(), ..Default::default() })
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        self.refuse("Checkpoint")
+    /// containerd's client has paused the task, and packs the directory afterwards.
+    async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.find(&request.id)?;
+        let wishes = Wishes::decode(request.options.as_ref())?;
+        let to = directories(request.path, wishes.image_path)?;
+        let store = self.sandbox.store();
+        to_the_end("checkpoint", async move { container.checkpoint(store, to, wishes.exit).await }).await?;
+        Ok(Empty::new())
     }
 }

@@ -258,7 +258,7 @@ async fn bad_input_is_refused_with_one_clear_error() {
     let (_, message) = create(CreateTaskRequest { stdout: "binary:///x".into(), ..host.request() }).await;
     assert!(message.contains("/x: No such file or directory"), "{message}");
     let (found, message) = create(CreateTaskRequest { checkpoint: "/x".into(), ..host.request() }).await;
-    assert!(found == Code::UNIMPLEMENTED && message.contains("checkpoint"), "{message}");
+    assert!(found == Code::NOT_FOUND && message.contains("open /x"), "{message}");
     host.write_spec(&["/bin/no-such-program"]);
     let (found, message) = create(host.request()).await;
     assert_eq!(found, Code::UNKNOWN);
@@ -274,7 +274,7 @@ async fn bad_input_is_refused_with_one_clear_error() {
     let (found, message) = create(host.request()).await;
     assert!(found == Code::FAILED_PRECONDITION && message.contains("guest kernel"), "{message}");
     let refused = code(task.checkpoint(ctx(), &CheckpointTaskRequest::new()).await);
-    assert_eq!(refused, (Code::UNIMPLEMENTED, "task method Checkpoint: not implemented".into()));
+    assert_eq!(refused, (Code::NOT_FOUND, "container not created: not found".into()));
     let unknown = code(task.pause(ctx(), &PauseRequest::new()).await);
     assert_eq!(unknown.0, Code::NOT_FOUND);
     task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();

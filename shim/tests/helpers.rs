@@ -325,6 +325,8 @@ fn a_holder_has_its_own_network_namespace_and_ends_with_its_pipe() {
     assert_eq!(line, "ready\n");
     let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
     assert_ne!(namespace(&holder.id().to_string()), namespace("self"));
+    let addresses = std::fs::read_to_string(format!("/proc/{}/net/fib_trie", holder.id())).unwrap();
+    assert!(addresses.contains("127.0.0.1"), "loopback is up");
     let mut second = Command::new(SHIM)
         .args(["holder", &format!("/proc/{}/ns/net", holder.id())])
         .stdin(Stdio::piped())

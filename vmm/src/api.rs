@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 pub const PROTOCOL_VERSION: u32 = 1;
 /// Largest packet in bytes, either direction.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most descriptors that one packet may carry.
-pub const MAX_FDS: usize = 64;
+/// Most descriptors that one packet may carry. Linux takes 253 (SCM_MAX_FD).
+pub const MAX_FDS: usize = 250;
 /// Most vCPUs of one VM.
 pub const MAX_VCPUS: u8 = 32;
 /// Smallest guest memory in MiB, and what a balloon leaves. Less cannot hold a kernel and its initramfs.
@@ -31,11 +31,23 @@ pub const MAX_MEMORY_MIB: u64 = 1024 * 1024;
 
 /// Most disk slots of one kind.
 pub const MAX_DISK_SLOTS: u8 = 12;
+/// Most layers of one disk, the lowest included.
+pub const MAX_DISK_LAYERS: usize = 60;
 
 /// Most bytes of a file system's tag.
 pub const MAX_TAG: usize = 36;
 /// Most sockets of a file server, each for one request at a time.
 pub const MAX_SERVER_SOCKETS: usize = 16;
+
+/// Most network slots.
+pub const MAX_NETWORK_SLOTS: u8 = 4;
+
+/// The address that the device of a network slot has from the factory, so to say: by it the guest
+/// tells the slots apart, whatever address the interface is given later. Locally administered, "spor".
+#[must_use]
+pub const fn network_mac(slot: u8) -> [u8; 6] {
+    [0x02, b's', b'p', b'o', b'r', slot]
+}
 
 /// Position of a descriptor among those attached to the same packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,11 +73,22 @@ pub enum Call {
     Boot,
     /// Put a disk into a free slot of the right kind, before or after `Boot`.
     AttachDisk(DiskConfig),
+    /// Make one layer of several of a writable disk, `first` to `last`, counted from the lowest, 0: neither that nor the
+    /// uppermost may be among them. It goes to a new and empty regular file, while the guest goes on. Answered
+    /// when that has begun; an [`Event::DiskMerged`] follows. The file takes their place then, also among the layers
+    /// `below` when the disk is attached again.
+    MergeDisk { serial: String, first: u32, last: u32, file: FdIndex },
     /// Give the file system device its server, once, before or after `Boot`: connected Unix stream
     /// sockets, 1 ..= [`MAX_SERVER_SOCKETS`]. Each carries FUSE requests one at a time, as the
     /// guest wrote them but with the true length in the header; each request is answered by one
     /// FUSE reply, also those that FUSE leaves unanswered.
     AttachFilesystem { sockets: Vec<FdIndex> },
+    /// Give a free network slot its tap, before or after `Boot`: the link goes up. The frames that
+    /// its interface sends are the guest's to receive.
+    AttachNetwork(NetworkConfig),
+    /// Close a slot's tap: the link goes down, and the slot is free for another. Frames that wait in
+    /// the tap are lost.
+    DetachNetwork { slot: u8 },
     /// Ask the guest to give `target_mib` MiB of its memory up to the host, or to take back what is
     /// beyond; 0 gives it all. At most the guest's memory less [`MIN_MEMORY_MIB`]. Answered at once:
     /// the guest follows in its own time and as far as it can, see [`Metrics::balloon`].
@@ -78,6 +101,17 @@ pub enum Call {
     /// Press the power button; after `deadline_ms` milliseconds end the VM by force. 0 ends it by
     /// force at once, in any state and without the button.
     Shutdown { deadline_ms: u64 },
+    /// Write a snapshot of a running or paused VM. Answered as soon as the VM goes on (or, if it was
+    /// paused, stays paused) and before anything is written: a child process writes, and reports on its own.
+    ///
+    /// The writable disks are captured at the same instant, without input or output: what each holds is frozen,
+    /// and it goes on in a new file ([`SnapshotConfig::disks`]). All of them, or the call fails and none: each goes on in the file that it had. The file
+    /// that was a disk's uppermost is the captured one, over those below as they were; it is complete when
+    /// the [`Event::DisksSettled`] says so that follows if any disk was captured.
+    Snapshot(SnapshotConfig),
+    /// Build the VM of a snapshot, in place of `Configure`. It is paused then: attach what else it
+    /// shall have, and `Resume`.
+    Restore(RestoreConfig),
     /// Report the life-cycle state.
     State,
     /// Report counters and boot times.
@@ -112,6 +146,10 @@ pub struct VmConfig {
     /// is no such device.
     #[serde(default)]
     pub filesystem: Option<String>,
+    /// Slots that networks can be attached to, 0 ..= [`MAX_NETWORK_SLOTS`] (the default). A guest
+    /// probes every slot as it boots, the empty ones too.
+    #[serde(default = "all_network_slots")]
+    pub network_slots: u8,
     /// Disks attached from the start, each taking the next free slot of its kind.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -164,15 +202,171 @@ pub struct VsockConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// A raw image: a regular file or block device, opened as `read_only` says.
+    /// A regular file or block device, opened as `read_only` says: a raw image or, with layers `below`, a delta
+    /// (`backend::disk::format`).
     pub file: FdIndex,
+    /// For a writable disk: the layers below the file, from the bottom up, open for reading. The lowest is a raw
+    /// image, all others are deltas that a VMM made. Above them an empty regular file is a delta that has nothing: so
+    /// copies of a captured disk begin. At most [`MAX_DISK_LAYERS`] with the file. They must stay as
+    /// they are for as long as the VM lives.
+    #[serde(default)]
+    pub below: Vec<FdIndex>,
     /// Chooses the kind of slot; the guest sees VIRTIO_BLK_F_RO there.
     pub read_only: bool,
+}
+
+/// A snapshot to write. The VMM's child writes to the descriptors given and to nothing else; verifying, linking and
+/// renaming is the peer's. A snapshot is complete when the report says so; without a report, when the report's
+/// descriptor is at its end, the child has died and what is in the files is to be deleted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotConfig {
+    /// For the state: an empty regular file, open for writing.
+    pub state: FdIndex,
+    /// For the new memory layer, likewise. It stays empty if no page has changed since the VM was restored.
+    pub memory: FdIndex,
+    /// A pipe or stream socket, for one [`SnapshotReport`] as JSON; closed by the child as its last act.
+    pub report: FdIndex,
+    /// The root folder of a mounted procfs; O_PATH is enough. The child finds its own page map by it.
+    pub procfs: FdIndex,
+    /// The new layer's id, by which [`RestoreConfig::layers`] names it: 1 to 64 letters, digits, `-`, `_`, `.`.
+    pub layer_id: String,
+    /// Milliseconds that writing may take, 1 ..= 3 600 000. The VM is not affected by this.
+    pub deadline_ms: u64,
+    /// What the writable disks go on in: every one that is attached is here, once.
+    #[serde(default)]
+    pub disks: Vec<NextLayer>,
+}
+
+/// The file that a writable disk goes on in when it was captured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NextLayer {
+    /// As [`AttachedDisk::serial`].
+    pub serial: String,
+    /// A new and empty regular file, open for reading and writing. The peer lists it as the disk's uppermost, durably,
+    /// *before* the call: an empty file there is a layer that has nothing, and does no harm if the VMM never switches to it. After
+    /// a call that failed it is to be taken off the list again, and be deleted: something may have been written to it.
+    pub file: FdIndex,
+}
+
+/// Most milliseconds of [`SnapshotConfig::deadline_ms`].
+pub const MAX_SNAPSHOT_MS: u64 = 3_600_000;
+/// Most snapshots of one VM that may be being written at a time.
+pub const MAX_SNAPSHOT_WRITERS: usize = 4;
+
+/// How a snapshot's writing ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotReport {
+    /// All of it is on disk (fsync).
+    Done(SnapshotDone),
+    Failed(Failure),
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotDone {
+    pub state_bytes: u64,
+    /// Of the new layer.
+    pub memory_bytes: u64,
+    /// Mappings that a restore makes.
+    pub extents: u32,
+    /// All layers that the snapshot needs, the new one included if it is not empty.
+    pub layers: Vec<SnapshotLayer>,
+    pub write_ns: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotLayer {
+    pub id: String,
+    pub bytes: u64,
+    /// CRC-32 (IEEE) of the file.
+    pub crc32: u32,
+}
+
+/// A VM to build from a snapshot. Processors, memory and device slots are as the snapshot's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// [`PROTOCOL_VERSION`].
+    pub protocol: u32,
+    /// An open `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// The state file, open for reading.
+    pub state: FdIndex,
+    /// The layers that the snapshot names, each once, in any order. They must stay as they are for as
+    /// long as the VM lives, and may be deleted: their pages are read when the guest touches them.
+    pub layers: Vec<LayerConfig>,
+    pub console: Option<ConsoleConfig>,
+    /// Given exactly if the saved VM had one. The guest's context id may be another.
+    pub vsock: Option<VsockConfig>,
+    /// The disks that the saved VM had, of the same size, and others for slots that were free.
+    #[serde(default)]
+    pub disks: Vec<RestoredDisk>,
+}
+
+/// A memory layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerConfig {
+    pub id: String,
+    /// A regular file, open for reading.
+    pub file: FdIndex,
+}
+
+/// A disk for the slot that it had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoredDisk {
+    /// As [`AttachedDisk::serial`].
+    pub serial: String,
+    /// As [`DiskConfig::file`]; opened as the slot's kind says. For a captured disk usually an empty file, over the
+    /// captured layers `below`.
+    pub file: FdIndex,
+    /// As [`DiskConfig::below`].
+    #[serde(default)]
+    pub below: Vec<FdIndex>,
+}
+
+fn all_network_slots() -> u8 {
+    MAX_NETWORK_SLOTS
+}
+
+/// A network to attach.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Below [`VmConfig::network_slots`].
+    pub slot: u8,
+    /// An open `/dev/net/tun`, attached to an interface by TUNSETIFF with IFF_TAP, IFF_NO_PI and
+    /// IFF_VNET_HDR, with headers of 12 bytes (TUNSETVNETHDRSZ). Made non-blocking, its offloads
+    /// are set to what the guest's driver takes. As long as the VMM has it the interface exists.
+    pub tap: FdIndex,
+    /// How much the guest may receive.
+    #[serde(default)]
+    pub to_guest: RateLimit,
+    /// How much the guest may send.
+    #[serde(default)]
+    pub from_guest: RateLimit,
+}
+
+/// How much may pass in one direction; 0: any amount. Beyond it frames wait: those for the guest in the
+/// tap, which drops what is too much, those of the guest in its own queue. A direction
+/// that was idle may send 100 ms worth at once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RateLimit {
+    /// Of frames, from the Ethernet header on. What segmentation offload keeps together is one frame.
+    pub bytes_per_s: u64,
+    pub packets_per_s: u64,
 }
 
 /// What the VMM sends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+// One at a time, on its way to a socket: its size costs nothing.
+#[allow(clippy::large_enum_variant)]
 pub enum Message {
     Response { id: u64, result: Result<Reply, Failure> },
     Event(Event),
@@ -181,17 +375,62 @@ pub enum Message {
 /// A successful answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+// One at a time, on its way to a socket: its size costs nothing.
+#[allow(clippy::large_enum_variant)]
 pub enum Reply {
     Done,
     /// `Configure` succeeded: the slots that the VM has, and where each disk of the
     /// configuration went, in its order.
     Configured {
         disk_slots: DiskSlots,
+        #[serde(default)]
+        network_slots: u8,
         disks: Vec<AttachedDisk>,
     },
     Attached(AttachedDisk),
+    /// The VM goes on; the snapshot is being written.
+    Snapshotted {
+        times: SnapshotTimes,
+        /// All writable disks, captured at the instant that memory was.
+        disks: Vec<CapturedDisk>,
+    },
+    /// The VM of a snapshot is there, paused.
+    Restored {
+        disk_slots: DiskSlots,
+        network_slots: u8,
+        /// When it was saved, wall-clock time in nanoseconds since 1970. The guest's clocks
+        /// go on from there: its wall clock is the agent's to set.
+        saved_at_ns: u64,
+    },
     State(VmState),
     Metrics(Metrics),
+}
+
+/// How long a snapshot held the VM up, in nanoseconds, by step. Nothing is written to any file in this time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotTimes {
+    /// The writing child's process id, in the VMM's process id namespace.
+    pub pid: u32,
+    /// From the request, with the disks' new files ready, to the VM's going on: all that follows. Of a VM that was paused
+    /// before, what the request took.
+    pub pause_ns: u64,
+    /// Until all vCPUs were out of the guest and what the file server had been asked was answered.
+    pub quiesce_ns: u64,
+    /// Reading processors, interrupt controllers, clock and devices, into memory.
+    pub save_ns: u64,
+    /// fork(2).
+    pub fork_ns: u64,
+    /// Switching the writable disks.
+    #[serde(default)]
+    pub switch_ns: u64,
+}
+
+/// A writable disk that a snapshot has captured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CapturedDisk {
+    pub serial: String,
+    /// Number of its layers, without the one that it goes on in.
+    pub layers: u32,
 }
 
 /// Where a disk went.
@@ -225,6 +464,8 @@ pub enum FailureCode {
     HostUnfit,
     /// The kernel or initramfs cannot be booted.
     BadImage,
+    /// The snapshot is damaged, of another kind of host, or does not fit what was given with it.
+    BadSnapshot,
     /// The guest has ended already; the reason follows as [`Event::Ended`].
     Ended,
 }
@@ -250,6 +491,12 @@ pub enum Event {
     /// The guest connected to a host port; the packet carries one descriptor, a
     /// connected Unix stream socket.
     GuestConnection { port: u32 },
+    /// The disks that a `Snapshot` with this `layer_id` captured are complete and durable, or could not be made so:
+    /// then this snapshot must not be used, and the guest's flushes fail. Once for each that captured any, and before
+    /// [`Event::Ended`]. A guest that flushes meanwhile waits for it.
+    DisksSettled { layer_id: String, result: Result<(), Failure> },
+    /// What a `MergeDisk` began is done, or has failed: then the disk's layers are as they were.
+    DiskMerged { serial: String, result: Result<(), Failure> },
     /// The guest ended. The last message: the VMM exits after it.
     Ended(EndReason),
 }
@@ -282,6 +529,11 @@ pub struct Metrics {
     pub filesystem: FsMetrics,
     #[serde(default)]
     pub balloon: BalloonMetrics,
+    /// Of each network slot, in their order.
+    #[serde(default)]
+    pub networks: Vec<NetMetrics>,
+    #[serde(default)]
+    pub snapshots: SnapshotMetrics,
     pub console_bytes: u64,
     /// Bytes of console output that were dropped: beyond the cap, or because what they go to took
     /// nothing for too long.
@@ -303,6 +555,19 @@ pub struct Exits {
     pub hlt: u64,
     pub interrupted: u64,
     pub other: u64,
+}
+
+/// Snapshots of this VM since it was built.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotMetrics {
+    /// Forked.
+    pub taken: u64,
+    /// Whose child ended with an error or was killed.
+    pub failed: u64,
+    /// Children that are writing now.
+    pub writing: u64,
+    /// Of the last one.
+    pub last: SnapshotTimes,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -347,4 +612,37 @@ pub struct BalloonMetrics {
     pub inflated_bytes: u64,
     /// Given back by free page reporting, in all; the guest may have taken it again.
     pub reported_bytes: u64,
+}
+
+/// Of one network slot, whatever taps it had.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetMetrics {
+    pub slot: u8,
+    /// It has a tap, and the tap's interface exists.
+    pub link_up: bool,
+    pub to_guest: NetCounters,
+    pub from_guest: NetCounters,
+    /// Doorbells that the guest rang; each is an exit.
+    pub notifications: u64,
+    /// Times that the tap, or a limiter's time, woke the device.
+    pub wakeups: u64,
+    /// Interrupts for frames.
+    pub interrupts: u64,
+}
+
+/// One direction of a network slot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetCounters {
+    pub frames: u64,
+    /// Of frames, from the Ethernet header on.
+    pub bytes: u64,
+    /// What the guest got wrong: buffers of the wrong direction or size, headers that the host's kernel refuses.
+    pub malformed: u64,
+    /// To the guest: larger than its buffers. From it: while the link was down, or the interface was, or the
+    /// host lacked memory.
+    pub dropped: u64,
+    /// Times that it waited for room: of the guest's queue, of the tap.
+    pub stalled: u64,
+    /// Times that it waited for the limiter.
+    pub throttled: u64,
 }

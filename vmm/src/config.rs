@@ -5,19 +5,25 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
 };
 use nix::sys::stat::{SFlag, fstat};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use crate::api::{
-    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_SERVER_SOCKETS,
-    MAX_TAG, MAX_VCPUS, MIN_MEMORY_MIB, PROTOCOL_VERSION, VmConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, LayerConfig, MAX_DISK_LAYERS, MAX_DISK_SLOTS,
+    MAX_MEMORY_MIB, MAX_NETWORK_SLOTS, MAX_SERVER_SOCKETS, MAX_SNAPSHOT_MS, MAX_TAG, MAX_VCPUS,
+    MIN_MEMORY_MIB, NetworkConfig, NextLayer, PROTOCOL_VERSION, RateLimit, RestoreConfig, SnapshotConfig,
+    VmConfig, VsockConfig,
 };
 use crate::arch;
 use crate::control::{FdError, FdTable};
+use crate::snapshot::layers::{MAX_LAYER_ID, MAX_LAYERS, is_layer_id};
+use crate::snapshot::writer::Target;
 
 /// Context ids of guests; those below have a meaning of their own, the last one is "any".
 const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=0xffff_fffe;
@@ -37,6 +43,14 @@ pub enum ConfigError {
     Byte { what: &'static str, byte: u8, at: usize },
     #[error("disks: {found} {kind} ones; there are {max} slots of that kind")]
     Disks { kind: &'static str, found: usize, max: usize },
+    #[error("{what}: {id:?}; needed are 1 to {MAX_LAYER_ID} letters, digits, '-', '_' or '.'")]
+    LayerId { what: String, id: String },
+    #[error("{what}: {name:?} is given twice")]
+    Twice { what: &'static str, name: String },
+    #[error("{what}: the file is not empty ({bytes} bytes); give a new one")]
+    NotEmpty { what: &'static str, bytes: u64 },
+    #[error("disks: {serial:?} is no slot's serial; those are ro0, ro1, … and rw0, rw1, …")]
+    Serial { serial: String },
     #[error("vsock.host_ports: port {port} is listed twice")]
     HostPort { port: u32 },
     #[error("{what}: the descriptor is {found}; needed is {needed}")]
@@ -64,6 +78,7 @@ pub struct MachineConfig {
     pub vsock: Option<Vsock>,
     pub disk_slots: DiskSlots,
     pub filesystem: Option<String>,
+    pub network_slots: u8,
     pub disks: Vec<Disk>,
 }
 
@@ -95,7 +110,18 @@ pub struct Vsock {
 #[derive(Debug)]
 pub struct Disk {
     pub file: File,
+    /// From the bottom up.
+    pub below: Vec<File>,
     pub read_only: bool,
+}
+
+/// A tap for a slot. That it is one is for the device to find out.
+#[derive(Debug)]
+pub struct Network {
+    pub slot: u8,
+    pub tap: OwnedFd,
+    pub to_guest: RateLimit,
+    pub from_guest: RateLimit,
 }
 
 impl MachineConfig {
@@ -112,6 +138,7 @@ impl MachineConfig {
         in_range("disk_slots.read_only", slots.read_only.into(), 0, MAX_DISK_SLOTS.into())?;
         in_range("disk_slots.writable", slots.writable.into(), 0, MAX_DISK_SLOTS.into())?;
         count_disks(&config.disks, slots)?;
+        in_range("network_slots", config.network_slots.into(), 0, MAX_NETWORK_SLOTS.into())?;
         if let Some(tag) = &config.filesystem {
             in_range("filesystem length", tag.len() as u64, 1, MAX_TAG as u64)?;
             printable(tag, "filesystem")?;
@@ -127,6 +154,7 @@ impl MachineConfig {
             vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
             disk_slots: slots,
             filesystem: config.filesystem,
+            network_slots: config.network_slots,
             disks: config
                 .disks
                 .iter()
@@ -145,6 +173,136 @@ fn printable(text: &str, what: &'static str) -> Result<(), ConfigError> {
         Some((at, &byte)) => Err(ConfigError::Byte { what, byte, at }),
         None => Ok(()),
     }
+}
+
+/// A VM that can be restored, as far as that can be said without its state.
+#[derive(Debug)]
+pub struct RestoredMachine {
+    pub kvm: KvmFd,
+    pub state: File,
+    pub layers: Vec<(String, File)>,
+    pub console: Option<Console>,
+    pub vsock: Option<Vsock>,
+    /// By serial.
+    pub disks: Vec<(String, Disk)>,
+}
+
+impl RestoredMachine {
+    /// Checks `config`, as [`MachineConfig::new`] does.
+    pub fn new(config: RestoreConfig, mut fds: FdTable) -> Result<Self, ConfigError> {
+        if config.protocol != PROTOCOL_VERSION {
+            return Err(ConfigError::Protocol { found: config.protocol });
+        }
+        in_range("layers count", config.layers.len() as u64, 0, MAX_LAYERS as u64)?;
+        let most = u64::from(MAX_DISK_SLOTS) * 2;
+        in_range("disks count", config.disks.len() as u64, 0, most)?;
+        no_twice("layers", config.layers.iter().map(|layer| &layer.id))?;
+        no_twice("disks", config.disks.iter().map(|disk| &disk.serial))?;
+        let machine = Self {
+            kvm: take_kvm(&mut fds, config.kvm)?,
+            state: take_image(&mut fds, config.state, "state")?,
+            layers: config
+                .layers
+                .into_iter()
+                .map(|layer| take_layer(&mut fds, layer))
+                .collect::<Result<_, _>>()?,
+            console: config.console.map(|console| take_console(&mut fds, &console)).transpose()?,
+            vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
+            disks: config
+                .disks
+                .into_iter()
+                .map(|disk| {
+                    let read_only = disk.serial.starts_with("ro");
+                    if !read_only && !disk.serial.starts_with("rw") {
+                        return Err(ConfigError::Serial { serial: disk.serial });
+                    }
+                    let config = DiskConfig { file: disk.file, below: disk.below, read_only };
+                    let taken = take_disk(&mut fds, &config, &format!("disk {}", disk.serial))?;
+                    Ok((disk.serial, taken))
+                })
+                .collect::<Result<_, _>>()?,
+        };
+        fds.finish()?;
+        Ok(machine)
+    }
+}
+
+fn no_twice<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), ConfigError> {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(ConfigError::Twice { what, name: name.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn take_layer(fds: &mut FdTable, layer: LayerConfig) -> Result<(String, File), ConfigError> {
+    let LayerConfig { id, file } = layer;
+    if !is_layer_id(&id) {
+        return Err(ConfigError::LayerId { what: "layers".into(), id });
+    }
+    let file = take_image(fds, file, &format!("layer {id}"))?;
+    Ok((id, file))
+}
+
+/// Checks the files of a `Snapshot`: where it goes, and what the disks of these serials go on in.
+pub fn snapshot_target(
+    config: SnapshotConfig,
+    mut fds: FdTable,
+) -> Result<(Target, Vec<(String, File)>), ConfigError> {
+    in_range("deadline_ms", config.deadline_ms, 1, MAX_SNAPSHOT_MS)?;
+    if !is_layer_id(&config.layer_id) {
+        return Err(ConfigError::LayerId { what: "layer_id".into(), id: config.layer_id });
+    }
+    let report = fds.take(config.report, "report")?;
+    let kinds = [SFlag::S_IFIFO, SFlag::S_IFSOCK];
+    check_kind(report.as_fd(), "report", &kinds, "a pipe or a stream socket")?;
+    check_mode(report.as_fd(), "report", false, true)?;
+    let procfs = fds.take(config.procfs, "procfs")?;
+    check_procfs(procfs.as_fd())?;
+    no_twice("disks", config.disks.iter().map(|disk| &disk.serial))?;
+    let target = Target {
+        state: take_empty(&mut fds, config.state, "state")?,
+        memory: take_empty(&mut fds, config.memory, "memory")?,
+        report: File::from(report),
+        procfs,
+        layer_id: config.layer_id,
+        patience: Duration::from_millis(config.deadline_ms),
+    };
+    let next = |disk: NextLayer| {
+        let file = take_next(&mut fds, disk.file, &format!("the next layer of {}", disk.serial))?;
+        Ok((disk.serial, file))
+    };
+    let disks = config.disks.into_iter().map(next).collect::<Result<_, ConfigError>>()?;
+    fds.finish()?;
+    Ok((target, disks))
+}
+
+/// A new file to write to.
+fn take_empty(fds: &mut FdTable, index: FdIndex, what: &'static str) -> Result<File, ConfigError> {
+    let fd = fds.take(index, what)?;
+    check_kind(fd.as_fd(), what, &[SFlag::S_IFREG], "a regular file")?;
+    check_mode(fd.as_fd(), what, false, true)?;
+    check_positioned(fd.as_fd(), what)?;
+    let status =
+        fstat(fd.as_fd()).map_err(|source| ConfigError::Examine { what: what.to_owned(), source })?;
+    match u64::try_from(status.st_size) {
+        Ok(0) => Ok(File::from(fd)),
+        found => Err(ConfigError::NotEmpty { what, bytes: found.unwrap_or(u64::MAX) }),
+    }
+}
+
+fn check_procfs(fd: BorrowedFd<'_>) -> Result<(), ConfigError> {
+    let what = "procfs";
+    let needed = "the root folder of a procfs";
+    check_kind(fd, what, &[SFlag::S_IFDIR], needed)?;
+    let found = fstatfs(fd).map_err(|source| ConfigError::Examine { what: what.to_owned(), source })?;
+    if found.filesystem_type() == PROC_SUPER_MAGIC {
+        return Ok(());
+    }
+    let found = format!("a folder of another file system ({:?})", found.filesystem_type());
+    Err(ConfigError::Kind { what: what.to_owned(), found, needed })
 }
 
 /// Checks the sockets of an `AttachFilesystem`.
@@ -189,6 +347,32 @@ pub fn attached_disk(config: &DiskConfig, mut fds: FdTable) -> Result<Disk, Conf
     Ok(disk)
 }
 
+/// Checks the file of a `MergeDisk`.
+pub fn merged_file(index: FdIndex, mut fds: FdTable) -> Result<File, ConfigError> {
+    let file = take_next(&mut fds, index, "file")?;
+    fds.finish()?;
+    Ok(file)
+}
+
+/// A file that is to become a layer of a disk. That it is empty is for the disk to find out.
+fn take_next(fds: &mut FdTable, index: FdIndex, what: &str) -> Result<File, ConfigError> {
+    let fd = fds.take(index, what)?;
+    check_kind(fd.as_fd(), what, &[SFlag::S_IFREG], "a regular file")?;
+    check_mode(fd.as_fd(), what, true, true)?;
+    check_positioned(fd.as_fd(), what)?;
+    Ok(File::from(fd))
+}
+
+/// Checks the tap of an `AttachNetwork`.
+pub fn attached_network(config: &NetworkConfig, mut fds: FdTable) -> Result<Network, ConfigError> {
+    let NetworkConfig { slot, tap, to_guest, from_guest } = *config;
+    let fd = fds.take(tap, "tap")?;
+    check_kind(fd.as_fd(), "tap", &[SFlag::S_IFCHR], "an open /dev/net/tun")?;
+    check_mode(fd.as_fd(), "tap", true, true)?;
+    fds.finish()?;
+    Ok(Network { slot, tap: fd, to_guest, from_guest })
+}
+
 fn in_range(what: &'static str, found: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&found) { Ok(()) } else { Err(ConfigError::Range { what, found, min, max }) }
 }
@@ -226,7 +410,17 @@ fn take_disk(fds: &mut FdTable, disk: &DiskConfig, what: &str) -> Result<Disk, C
     if !disk.read_only {
         check_positioned(fd.as_fd(), what)?;
     }
-    Ok(Disk { file: File::from(fd), read_only: disk.read_only })
+    let most = if disk.read_only { 1 } else { MAX_DISK_LAYERS };
+    in_range("layers of a disk", disk.below.len() as u64 + 1, 1, most as u64)?;
+    let take = |(at, index): (usize, &FdIndex)| {
+        let what = format!("{what}.below[{at}]");
+        let fd = fds.take(*index, &what)?;
+        check_kind(fd.as_fd(), &what, &[SFlag::S_IFREG, SFlag::S_IFBLK], "a regular file or a block device")?;
+        check_mode(fd.as_fd(), &what, true, false)?;
+        Ok(File::from(fd))
+    };
+    let below = disk.below.iter().enumerate().map(take).collect::<Result<_, ConfigError>>()?;
+    Ok(Disk { file: File::from(fd), below, read_only: disk.read_only })
 }
 
 fn take_console(fds: &mut FdTable, console: &ConsoleConfig) -> Result<Console, ConfigError> {

@@ -10,9 +10,11 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod end;
+pub mod fork;
 pub mod log;
 pub mod memory;
 pub mod run;
+pub mod snapshot;
 pub mod vcpu;
 pub mod vm;
 

@@ -48,6 +48,11 @@ fn the_api_stands_alone() {
 }
 
 #[test]
+fn the_contract_of_saved_state_is_at_the_bottom() {
+    forbid("snapshot/contract.rs", &["crate::", "super::"], &[]);
+}
+
+#[test]
 fn vcpus_know_no_device() {
     forbid("vcpu", &["devices::", "backend::", "control::"], &[]);
 }
@@ -65,7 +70,9 @@ fn backends_know_no_virtqueue() {
 
 #[test]
 fn only_the_builder_names_devices() {
-    forbid("vm", &["devices::"], &["builder.rs"]);
+    forbid("vm", &["devices::"], &["vm/builder"]);
+    forbid("snapshot", &["devices::", "backend::", "control::", "vm::"], &[]);
+    forbid("fork.rs", &["devices::", "backend::", "control::", "snapshot::"], &[]);
     forbid("control", &["devices::", "backend::"], &[]);
     forbid("config.rs", &["devices::"], &[]);
 }
@@ -73,8 +80,20 @@ fn only_the_builder_names_devices() {
 #[test]
 fn only_arch_knows_the_processor() {
     let words = ["cpuid", "CpuId", "Msrs", "msr_", "acpi_tables", "linux_loader", "boot_params", "kvm_sregs"];
-    for part in ["api.rs", "backend", "bus", "config.rs", "control", "devices", "memory", "run", "vcpu", "vm"]
-    {
+    for part in [
+        "api.rs",
+        "backend",
+        "bus",
+        "config.rs",
+        "control",
+        "devices",
+        "fork.rs",
+        "memory",
+        "run",
+        "snapshot",
+        "vcpu",
+        "vm",
+    ] {
         forbid(part, &words, &[]);
     }
 }

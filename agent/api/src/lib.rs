@@ -18,6 +18,7 @@ pub mod v1 {
 
 pub mod changes;
 pub mod files;
+pub mod network;
 pub mod stream;
 
 /// Version of the API, reported by `Sandbox.Info`.
@@ -29,6 +30,9 @@ pub const STDIO_PORT: u32 = 1025;
 /// Host vsock port (CID 2) that the agent connects to once both guest ports listen. The
 /// connection carries no bytes; its arrival means "ready".
 pub const READY_PORT: u32 = 1024;
+/// Host vsock port (CID 2) that the agent connects to for each question of a container's to the
+/// host's name server ([`network::NAME_SERVER`]).
+pub const NAMES_PORT: u32 = 1025;
 /// Largest OCI spec in bytes.
 pub const MAX_SPEC: usize = 4 * 1024 * 1024;
 /// Tag of the virtio-fs device that shows the host's directories and files.

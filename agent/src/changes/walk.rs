@@ -266,10 +266,10 @@ mod tests {
 
     use super::*;
 
-    /// The entries of an archive: kind, records, data.
-    /// Its kind, its records and its data.
+    /// An entry's kind, its records and its data.
     type Parsed = (EntryType, Vec<(String, String)>, Vec<u8>);
 
+    /// The entries of an archive.
     fn parsed(archive: &[u8]) -> Vec<Parsed> {
         let mut entries = Vec::new();
         let mut records = Vec::new();

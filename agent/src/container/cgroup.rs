@@ -11,7 +11,8 @@ use nix::errno::Errno;
 use crate::sys;
 use crate::wait::poll;
 
-const ROOT: &str = "/sys/fs/cgroup";
+/// Of all cgroups.
+pub const ROOT: &str = "/sys/fs/cgroup";
 /// Killed processes are gone within this time, or one hangs in the kernel.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 

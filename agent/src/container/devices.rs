@@ -1,4 +1,3 @@
-#![allow(unsafe_code)] // bpf(2) has no safe wrapper.
 //! The device rules of a container, as an eBPF program on its cgroup.
 //!
 //! cgroup v2 has no file for them. Without rules, a container that may mknod (Docker's and
@@ -11,10 +10,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+
+use crate::bpf::{
+    self, AND, EXIT, Hook, Instruction, JUMP_EQUAL, JUMP_UNEQUAL, JUMP_UNEQUAL_REGISTER, LOAD_WORD, MOVE,
+    MOVE_REGISTER, SHIFT_RIGHT, instruction,
+};
 
 /// More rules than any spec has; the program stays far below the kernel's 4096 instructions.
 pub const MAX_RULES: usize = 256;
@@ -87,29 +90,6 @@ fn defaults() -> Vec<Rule> {
     rules
 }
 
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const LOAD_WORD: u8 = 0x61;
-const AND: u8 = 0x54;
-const SHIFT_RIGHT: u8 = 0x74;
-const MOVE_REGISTER: u8 = 0xbc;
-const MOVE: u8 = 0xb7;
-const JUMP_UNEQUAL: u8 = 0x55;
-const JUMP_UNEQUAL_REGISTER: u8 = 0x5d;
-const JUMP_EQUAL: u8 = 0x15;
-const EXIT: u8 = 0x95;
-
-const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: to | from << 4, offset, immediate }
-}
-
 /// r2 type, r3 access, r4 major, r5 minor; r1 scratch.
 fn program(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
@@ -167,63 +147,8 @@ fn program(rules: &[Rule]) -> Vec<Instruction> {
 pub fn apply(cgroup: &Path, spec: &[Rule]) -> io::Result<()> {
     let mut rules = spec.to_vec();
     rules.extend(defaults());
-    let program = load(&program(&rules))?;
-    let directory = File::open(cgroup)?;
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        kind: u32,
-        flags: u32,
-    }
-    const BPF_PROG_ATTACH: libc::c_int = 8;
-    const BPF_CGROUP_DEVICE: u32 = 6;
-    const BPF_F_ALLOW_MULTI: u32 = 2;
-    let attach = Attach {
-        target: directory.as_raw_fd().unsigned_abs(),
-        program: program.as_raw_fd().unsigned_abs(),
-        kind: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: `attach` is the beginning of union bpf_attr that this command reads.
-    unsafe { bpf(BPF_PROG_ATTACH, &attach) }.map(drop)
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Load {
-        kind: u32,
-        instructions: u32,
-        first: u64,
-        license: u64,
-        log: [u32; 2],
-        log_buffer: u64,
-    }
-    const BPF_PROG_LOAD: libc::c_int = 5;
-    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    let load = Load {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instructions: u32::try_from(program.len()).map_err(io::Error::other)?,
-        first: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log: [0; 2],
-        log_buffer: 0,
-    };
-    // SAFETY: `load` is the beginning of union bpf_attr that this command reads; both pointers
-    // in it outlive the call; the result is a new descriptor.
-    unsafe { Ok(OwnedFd::from_raw_fd(bpf(BPF_PROG_LOAD, &load)?)) }
-}
-
-/// # Safety
-/// `attributes` must be what `command` expects.
-unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
-    let attributes: *const T = attributes;
-    // SAFETY: the caller's promise; the kernel reads `size_of::<T>()` bytes.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    match i32::try_from(result) {
-        Ok(result @ 0..) => Ok(result),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let program = bpf::load(Hook::Device, &program(&rules))?;
+    bpf::attach(Hook::Device, &program, &File::open(cgroup)?)
 }
 
 #[cfg(test)]

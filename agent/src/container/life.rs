@@ -261,7 +261,7 @@ impl Container {
         }
         let cgroup = self.cgroup.clone();
         blocking(move || {
-            update::apply(&cgroup, &resources)
+            update::apply(&cgroup, resources)
                 .map_err(|error| AgentError::InvalidArgument(format!("{name}: update: {error}")))
         })
         .await

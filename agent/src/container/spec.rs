@@ -6,12 +6,14 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, RootBuilder, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, MountBuilder, Process, RootBuilder, Spec};
 use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
-use super::volumes;
+use super::{update, volumes};
 use crate::error::{AgentError, Result};
+use crate::identity;
+use crate::network::namespace;
 
 /// A spec ready for libcontainer, and what the agent itself needs of it.
 #[derive(Debug)]
@@ -21,7 +23,8 @@ pub struct Prepared {
     pub cgroup: PathBuf,
     /// A pid namespace of its own: its init takes every process with it.
     pub own_pid_namespace: bool,
-    /// A network namespace of its own, whose loopback has to be brought up.
+    /// A network namespace of its own, whose loopback has to be brought up: that of a container with
+    /// a user namespace. Every other one is in [`namespace::PATH`].
     pub own_network_namespace: bool,
     pub terminal: bool,
     /// Rows and columns.
@@ -63,6 +66,7 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     let hooks = guest_hooks(spec.hooks().as_ref())?;
     spec.set_hooks(hooks);
     let has_volumes = check_mounts(&mut spec)?;
+    hide_boot_id(&mut spec)?;
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json: has no linux section"))?;
     linux.set_mount_label(None);
@@ -70,10 +74,13 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
     // Absolute, so that libcgroups never takes it for a systemd unit.
     linux.set_cgroups_path(Some(cgroup.clone()));
+    if let Some(resources) = linux.resources_mut() {
+        update::own_io_weight(resources).map_err(|what| invalid(format!("config.json: {what}")))?;
+    }
     let rules =
         linux.resources().as_ref().and_then(|resources| resources.devices().clone()).unwrap_or_default();
     let devices = devices::rules(&rules).map_err(|error| invalid(format!("config.json: {error}")))?;
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     for namespace in &namespaces {
         if let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) {
             return Err(invalid(format!(
@@ -89,7 +96,15 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
         return Err(invalid("config.json: a mount namespace is required in linux.namespaces"));
     }
     let own_pid_namespace = has(LinuxNamespaceType::Pid);
-    let own_network_namespace = has(LinuxNamespaceType::Network);
+    let has_network = has(LinuxNamespaceType::Network);
+    // Of a namespace that is not its user namespace's it could not mount a sysfs.
+    let own_network_namespace = has_network && has(LinuxNamespaceType::User);
+    if !own_network_namespace {
+        for network in namespaces.iter_mut().filter(|one| one.typ() == LinuxNamespaceType::Network) {
+            network.set_path(Some(namespace::PATH.into()));
+        }
+        linux.set_namespaces(Some(namespaces));
+    }
     Ok(Prepared {
         spec,
         cgroup,
@@ -180,6 +195,25 @@ fn check_mounts(spec: &mut Spec) -> Result<bool> {
         }
     }
     Ok(has_volumes)
+}
+
+/// Where there is a `/proc`, its boot id is the sandbox's, see [`identity`].
+fn hide_boot_id(spec: &mut Spec) -> Result<()> {
+    let Some(mounts) = spec.mounts_mut() else { return Ok(()) };
+    let is_proc =
+        |mount: &Mount| mount.destination() == Path::new("/proc") && mount.typ().as_deref() == Some("proc");
+    if mounts.iter().any(is_proc) {
+        let options = ["bind", "ro", "nosuid", "nodev", "noexec"].map(String::from).to_vec();
+        let mount = MountBuilder::default()
+            .destination(identity::KERNELS)
+            .typ("bind")
+            .source(identity::BOOT_ID)
+            .options(options)
+            .build()
+            .map_err(|error| AgentError::internal("config.json: boot id", error))?;
+        mounts.push(mount);
+    }
+    Ok(())
 }
 
 /// The cgroup below the hierarchy's root: the spec's path as it stands (`slice:prefix:name`

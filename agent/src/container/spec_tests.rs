@@ -37,11 +37,31 @@ fn a_spec_is_made_the_guests() {
     assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin"]);
     assert_eq!(prepared.cgroup, Path::new("/system.slice:docker:abc"));
     assert_eq!(prepared.spec.linux().as_ref().unwrap().cgroups_path().as_ref(), Some(&prepared.cgroup));
-    assert!(prepared.own_pid_namespace && prepared.own_network_namespace && !prepared.terminal);
+    assert!(prepared.own_pid_namespace && !prepared.terminal);
     assert_eq!(prepared.uid, 5);
     // libcontainer insists on a source.
     let mounts = prepared.spec.mounts().as_ref().unwrap();
     assert_eq!(mounts[1].source().as_deref(), Some(Path::new("tmpfs")));
+}
+
+#[test]
+fn a_container_joins_the_network_that_the_others_are_in() {
+    let network = |prepared: &Prepared| {
+        let linux = prepared.spec.linux().as_ref().unwrap();
+        let namespaces = linux.namespaces().as_ref().unwrap();
+        let found = namespaces.iter().find(|one| one.typ() == LinuxNamespaceType::Network).unwrap();
+        found.path().clone()
+    };
+    let mut config = config();
+    config["linux"]["sysctl"] = json!({ "net.ipv4.ping_group_range": "0 5" });
+    let prepared = run(&config).unwrap();
+    assert_eq!(network(&prepared).as_deref(), Some(Path::new("/run/spore/netns")));
+    assert!(!prepared.own_network_namespace);
+    assert!(prepared.spec.linux().as_ref().unwrap().sysctl().is_some());
+    // In a user namespace it has to have its own.
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+    let prepared = run(&config).unwrap();
+    assert!(prepared.own_network_namespace && network(&prepared).is_none());
 }
 
 #[test]
@@ -121,4 +141,24 @@ fn home_comes_from_the_containers_passwd() {
     add_home(process, String::new);
     assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/var/www"]);
     assert_eq!(home_of(passwd, 77), None);
+}
+
+#[test]
+fn the_boot_id_is_the_sandboxs_wherever_there_is_a_proc() {
+    let of = |config: &Value| {
+        let prepared = run(config).unwrap();
+        prepared
+            .spec
+            .mounts()
+            .clone()
+            .unwrap()
+            .into_iter()
+            .find(|mount| mount.destination().ends_with("boot_id"))
+    };
+    let mount = of(&config()).unwrap();
+    assert_eq!(mount.source().as_deref(), Some(Path::new("/run/spore/boot-id")));
+    assert!(mount.options().as_ref().unwrap().contains(&"ro".to_owned()));
+    let mut without = config();
+    without["mounts"] = json!([]);
+    assert!(of(&without).is_none());
 }

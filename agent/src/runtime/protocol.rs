@@ -34,7 +34,7 @@ pub struct Create {
     /// Where libcontainer keeps its state.
     pub state: PathBuf,
     pub terminal: bool,
-    /// The container has a network namespace of its own.
+    /// The container has a network namespace of its own, whose loopback shall be up.
     pub loopback: bool,
 }
 

@@ -36,7 +36,7 @@ pub fn pipes(wanted: Wanted, uid: u32) -> io::Result<(ProcessStreams, Vec<OwnedF
         // Refused beyond the user's limit: the default size works as well.
         let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         let (process_end, end) = match kind {
-            Kind::Stdin => (read, End::Input(pump::watch(write)?)),
+            Kind::Stdin => (read, End::Input(pump::watch(write)?, Unsent::default())),
             Kind::Stdout | Kind::Stderr | Kind::Changes => {
                 (write, End::Output(pump::watch(read)?, Unsent::default()))
             }
@@ -55,7 +55,7 @@ pub fn terminal(master: OwnedFd, uid: u32, size: Option<(u16, u16)>) -> io::Resu
         crate::sys::set_window_size(master.as_fd(), rows, columns)?;
     }
     let mut streams = ProcessStreams::default();
-    streams.add(Kind::Stdin, End::Terminal(pump::watch(master)?, Unsent::default()));
+    streams.add(Kind::Stdin, End::Terminal(pump::watch(master)?, Unsent::default(), Unsent::default()));
     Ok(streams)
 }
 

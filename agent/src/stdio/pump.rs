@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Two vsock packets of Linux' largest size; a smaller buffer means more wake-ups.
@@ -69,6 +70,15 @@ pub async fn copy(from: &Watched, to: &Watched, unsent: &mut Unsent) -> Stopped 
             Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => return Stopped::SourceEnded,
             Err(error) => return Stopped::SourceFailed(error),
         }
+    }
+}
+
+/// Waits until a connection has failed. The device's reset, by which a guest that has been restored loses its
+/// connections, is an error and neither readable nor writable: who waits for those is not told.
+pub async fn broken(connection: &Watched) -> io::Error {
+    match connection.ready(Interest::ERROR).await {
+        Ok(_) => io::ErrorKind::ConnectionReset.into(),
+        Err(error) => error,
     }
 }
 

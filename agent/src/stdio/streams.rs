@@ -18,11 +18,11 @@ use super::pump::{self, Stopped, Unsent, Watched};
 #[derive(Debug)]
 pub enum End {
     /// Write end of the process's stdin.
-    Input(Watched),
+    Input(Watched, Unsent),
     /// Read end of the process's stdout or stderr.
     Output(Watched, Unsent),
-    /// Master of the process's terminal.
-    Terminal(Watched, Unsent),
+    /// Master of the process's terminal; what is to go out, and what was typed.
+    Terminal(Watched, Unsent, Unsent),
 }
 
 #[derive(Debug)]
@@ -100,19 +100,19 @@ impl Attachment {
     /// Serves the connection until it or the stream ends.
     pub async fn run(self, connection: Watched) {
         let rest = match self.end {
-            End::Input(pipe) => input(pipe, &connection).await,
+            End::Input(pipe, unsent) => input(pipe, unsent, &connection).await,
             End::Output(pipe, unsent) => output(pipe, unsent, &connection).await,
-            End::Terminal(master, unsent) => terminal(master, unsent, &connection).await,
+            End::Terminal(master, unsent, typed) => terminal(master, unsent, typed, &connection).await,
         };
         *lock(&self.slot) = rest.map_or(Slot::Ended, Slot::Waiting);
     }
 }
 
 /// Each of these gives back its end when the connection broke before the stream ended.
-async fn input(pipe: Watched, connection: &Watched) -> Option<End> {
-    let mut unsent = Unsent::default();
+async fn input(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
     let stopped = tokio::select! {
         stopped = pump::copy(connection, &pipe, &mut unsent) => stopped,
+        error = pump::broken(connection) => Stopped::SourceFailed(error),
         // Every reader has closed the pipe: nobody waits for input any more, and the shim
         // should not either.
         _ = pipe.ready(Interest::ERROR) => return None,
@@ -120,12 +120,12 @@ async fn input(pipe: Watched, connection: &Watched) -> Option<End> {
     match stopped {
         // Dropping the pipe is the process's end of file.
         Stopped::SourceEnded | Stopped::DestinationFailed(_) => None,
-        Stopped::SourceFailed(_) => Some(End::Input(pipe)),
+        Stopped::SourceFailed(_) => Some(End::Input(pipe, unsent)),
     }
 }
 
 async fn output(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
-    match pump::copy(&pipe, connection, &mut unsent).await {
+    match outgoing(&pipe, &mut unsent, connection).await {
         Stopped::SourceEnded | Stopped::SourceFailed(_) => {
             pump::finish(connection);
             None
@@ -134,17 +134,30 @@ async fn output(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Opti
     }
 }
 
-async fn terminal(master: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
+/// A process that writes nothing shows nothing of a connection that is gone.
+async fn outgoing(from: &Watched, unsent: &mut Unsent, connection: &Watched) -> Stopped {
+    tokio::select! {
+        biased;
+        error = pump::broken(connection) => Stopped::DestinationFailed(error),
+        stopped = pump::copy(from, connection, unsent) => stopped,
+    }
+}
+
+async fn terminal(
+    master: Watched,
+    mut unsent: Unsent,
+    mut typed: Unsent,
+    connection: &Watched,
+) -> Option<End> {
     let stopped = {
-        let typed = async {
-            let mut typed = Unsent::default();
+        let input = async {
             // The end of the input is not the end of the session: the output goes on.
             pump::copy(connection, &master, &mut typed).await;
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            stopped = pump::copy(&master, connection, &mut unsent) => stopped,
-            () = typed => return None,
+            stopped = outgoing(&master, &mut unsent, connection) => stopped,
+            () = input => return None,
         }
     };
     match stopped {
@@ -152,7 +165,7 @@ async fn terminal(master: Watched, mut unsent: Unsent, connection: &Watched) -> 
             pump::finish(connection);
             None
         }
-        Stopped::DestinationFailed(_) => Some(End::Terminal(master, unsent)),
+        Stopped::DestinationFailed(_) => Some(End::Terminal(master, unsent, typed)),
     }
 }
 

@@ -17,7 +17,9 @@ impl Container {
         };
         let Err(error) = self.export(changes, killed).await else { return Ok(()) };
         // It runs on as if nothing had been asked.
-        if let Err(thaw) = with_vm(&self.vm, "resuming the container", self.guest.resume(&self.id)).await {
+        if let Err(thaw) =
+            with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await
+        {
             warn!(self.log, "not thawed after a pause that was refused"; "error" => %thaw);
         }
         Err(error)
@@ -58,7 +60,7 @@ impl Container {
     }
 
     async fn export(&self, changes: &Changes, stop: impl Future<Output = &'static str>) -> Result<(), Error> {
-        let asked = self.guest.open_changes(&self.id);
+        let asked = self.guest.open_changes(&self.guest_id);
         let stream = with_vm(&self.vm, "asking for the container's changes", asked).await?;
         let ended = async {
             self.vm.ended().await;

@@ -114,7 +114,7 @@ impl Container {
         tokio::select! {
             // An answer that has arrived counts, whatever became of the guest since.
             biased;
-            answer = self.guest.wait(&self.id, "") => match answer {
+            answer = self.guest.wait(&self.guest_id, "") => match answer {
                 Ok(exit) => return (exit.status, Some(exit.at_ns)),
                 Err(error) => {
                     // Without its agent a guest is lost; PID 1's end usually ends the VM.
@@ -147,7 +147,7 @@ impl Container {
         };
         tokio::select! {
             biased;
-            Ok(exit) = self.guest.wait(&self.id, exec_id) => (exit.status, Some(exit.at_ns)),
+            Ok(exit) = self.guest.wait(&self.guest_id, exec_id) => (exit.status, Some(exit.at_ns)),
             // Who watches the container's init sees to a guest that does not answer.
             () = lost => (KILLED_STATUS, None),
         }
@@ -155,9 +155,9 @@ impl Container {
 
     /// Follows the kernel's kills for lack of memory as long as the guest tells them.
     pub(super) async fn watch_memory(self: Arc<Self>) {
-        let mut seen = 0;
+        let mut seen = if self.restored { self.kills_so_far().await } else { 0 };
         loop {
-            match self.guest.wait_oom(&self.id, seen).await {
+            match self.guest.wait_oom(&self.guest_id, seen).await {
                 Ok(kills) if kills > seen => seen = kills,
                 Ok(_) => return,
                 // The container has ended.
@@ -171,6 +171,14 @@ impl Container {
             // Whatever a guest makes up: the next number stands for all kills until then.
             tokio::time::sleep(BETWEEN_OOMS).await;
         }
+    }
+
+    /// Those that a restored container's counter came with.
+    async fn kills_so_far(&self) -> u64 {
+        let files = self.guest.stats(&self.guest_id).await.unwrap_or_default();
+        let events = files.get("memory.events").map_or("", String::as_str);
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
+        kills.unwrap_or(0)
     }
 
     /// The guest's clock tells the time of the exit best, if it is sane.
@@ -213,7 +221,7 @@ impl Container {
         if fatal {
             tokio::spawn(Arc::clone(self).insist());
         }
-        match with_vm(&self.vm, "signalling", self.guest.signal(&self.id, "", signal, all)).await {
+        match with_vm(&self.vm, "signalling", self.guest.signal(&self.guest_id, "", signal, all)).await {
             Err(Error::Vm(_)) if fatal => Ok(()),
             Err(Error::Vm(_)) => Err(Error::Finished),
             Err(Error::Guest(error)) if fatal && error.is_silence() => {

@@ -97,7 +97,8 @@ impl Container {
         }
         stdio.check()?;
         let wanted = stdio.wanted();
-        with_vm(&self.vm, "preparing a process", self.guest.exec(&self.id, exec_id, process, wanted)).await?;
+        with_vm(&self.vm, "preparing a process", self.guest.exec(&self.guest_id, exec_id, process, wanted))
+            .await?;
         let exec = Exec {
             id: exec_id.into(),
             stdio,
@@ -127,7 +128,7 @@ impl Container {
         }
         let ends = Ends::open(&exec.stdio, self.events.namespace(), exec_id).await?;
         let started = SystemTime::now();
-        let result = with_vm(&self.vm, "starting a process", self.guest.start(&self.id, exec_id)).await;
+        let result = with_vm(&self.vm, "starting a process", self.guest.start(&self.guest_id, exec_id)).await;
         if let Err(error) = result {
             exec.enter(Phase::Stopped);
             // Whoever waits for it learns that there is nothing to wait for.
@@ -139,7 +140,7 @@ impl Container {
             Ok(streams) => Arc::new(streams),
             Err(error) => {
                 // Nobody could follow it.
-                let kill = self.guest.signal(&self.id, exec_id, libc::SIGKILL.unsigned_abs(), false);
+                let kill = self.guest.signal(&self.guest_id, exec_id, libc::SIGKILL.unsigned_abs(), false);
                 let _ = with_vm(&self.vm, "signalling", kill).await;
                 self.spawn_watch(&exec, None, started);
                 return Err(error);
@@ -157,8 +158,8 @@ impl Container {
     }
 
     async fn attach_exec(&self, exec: &Exec, ends: Ends) -> Result<Streams, Error> {
-        let process = (self.id.as_str(), exec.id.as_str());
-        let attached = Streams::attach(&self.guest, process, exec.stdio.terminal, ends, &self.log);
+        let process = (self.guest_id.as_str(), exec.id.as_str());
+        let attached = Streams::attach(&self.guest, process, (exec.stdio.terminal, false), ends, &self.log);
         let streams = with_vm(&self.vm, "connecting standard streams", attached).await?;
         streams.start_input()?;
         Ok(streams)
@@ -196,7 +197,7 @@ impl Container {
             Phase::Stopped | Phase::Deleted => return Err(Error::Finished),
             Phase::Running | Phase::Paused => {}
         }
-        with_vm(&self.vm, "signalling", self.guest.signal(&self.id, exec_id, signal, false)).await
+        with_vm(&self.vm, "signalling", self.guest.signal(&self.guest_id, exec_id, signal, false)).await
     }
 
     /// Forgets an exec that does not run.
@@ -217,7 +218,7 @@ impl Container {
             return Err(Error::State("cannot delete a running process".into()));
         }
         if !self.is_lost() {
-            let deleted = self.guest.delete(&self.id, exec_id);
+            let deleted = self.guest.delete(&self.guest_id, exec_id);
             if let Err(error) = with_vm(&self.vm, "deleting a process", deleted).await {
                 warn!(self.log, "the guest did not delete the exec"; "exec" => exec_id, "error" => %error);
             }

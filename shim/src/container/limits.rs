@@ -79,7 +79,14 @@ mod tests {
     use super::*;
 
     fn machine() -> Machine {
-        Machine { vcpus: 2, memory_mib: 256, writable_size_mib: 64, export_changes: true, debug: false }
+        Machine {
+            vcpus: 2,
+            memory_mib: 256,
+            writable_size_mib: 64,
+            export_changes: true,
+            debug: false,
+            network: Default::default(),
+        }
     }
 
     fn refusal(resources: serde_json::Value) -> String {

@@ -2,12 +2,11 @@
 //! disks of sandboxes that ended, files that killed shims left half-made. Cheap when there is
 //! nothing; problems are left to the next call.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::owner::Owner;
-use super::writable::{DISK, EPHEMERAL, OWNER, WRITABLE};
+use super::writable::{self, DISK, EPHEMERAL, OWNER, WRITABLE};
 use super::{lock, temporary};
 
 /// Removes layers without a living owner. None of them is in use: a layer's directory is
@@ -66,12 +65,7 @@ fn collect(dir: &Path, is_garbage: impl FnOnce(&Path) -> bool) {
         return;
     }
     // A running VM keeps its layer although the directory was removed under it.
-    let disk = File::open(dir.join(DISK));
-    let unused = match &disk {
-        Ok(file) => file.try_lock().is_ok(),
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    };
-    if unused {
+    if let Ok(_unused) = writable::lock_existing(dir) {
         let _ = std::fs::remove_dir_all(dir);
     }
 }

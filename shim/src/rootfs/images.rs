@@ -56,7 +56,7 @@ pub(super) fn chain_key(chain_id: &str) -> Option<String> {
         .then(|| format!("chain-{}", digest.to_ascii_lowercase()))
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -13,7 +13,7 @@ const PREFIX: &str = ".lock-";
 const ATTEMPTS: u32 = 1000;
 
 /// A lock on one image, by a file that is removed when it is released.
-pub(super) struct KeyLock {
+pub(crate) struct KeyLock {
     path: PathBuf,
     _file: File,
 }
@@ -22,13 +22,31 @@ impl KeyLock {
     pub(super) fn acquire(target: &Path) -> io::Result<Self> {
         let path = path_of(target);
         loop {
-            let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
+            let file = open(&path)?;
             file.lock()?;
             if is_still(&path, &file)? {
                 return Ok(Self { path, _file: file });
             }
         }
     }
+
+    /// `None` when somebody else has it.
+    pub(crate) fn try_acquire(target: &Path) -> io::Result<Option<Self>> {
+        let path = path_of(target);
+        loop {
+            let file = open(&path)?;
+            match file.try_lock() {
+                Ok(()) if is_still(&path, &file)? => return Ok(Some(Self { path, _file: file })),
+                Ok(()) => {}
+                Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
+                Err(std::fs::TryLockError::Error(error)) => return Err(error),
+            }
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
 }
 
 impl Drop for KeyLock {
@@ -44,7 +62,7 @@ fn path_of(target: &Path) -> PathBuf {
 }
 
 /// Whether `path` still names the file that is locked.
-fn is_still(path: &Path, file: &File) -> io::Result<bool> {
+pub(crate) fn is_still(path: &Path, file: &File) -> io::Result<bool> {
     let named = std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
     let ours = file.metadata()?;
     Ok(named == Some((ours.dev(), ours.ino())))

@@ -13,21 +13,24 @@ pub(crate) mod changes;
 mod containerd;
 mod garbage;
 mod images;
-mod lock;
-mod mountinfo;
+pub(crate) mod lock;
+pub(crate) mod mountinfo;
 mod owner;
 mod source;
-mod sparse;
+pub(crate) mod sparse;
 mod superblock;
-mod temporary;
+pub(crate) mod temporary;
 mod upper;
 mod writable;
 
+pub(crate) use images::hex;
+pub(crate) use lock::KeyLock;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+pub(crate) use temporary::{Temporary, sweep as sweep_temporary};
 
 use containerd_shim_protos::api::Mount;
 use slog::{Logger, debug, info};
@@ -35,8 +38,9 @@ use slog::{Logger, debug, info};
 use self::changes::Ground;
 pub(crate) use self::changes::{Changes, ChangesError};
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
-use self::source::Source;
+pub(crate) use self::source::Source;
 pub use self::sparse::next_data;
+pub(crate) use self::writable::layers::{Layers, StagedLayer, WritableDisk};
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.
@@ -62,6 +66,8 @@ pub(crate) enum RootfsError {
         "writable layer {path}: {detail}; its file system is damaged: remove the container and create it anew"
     )]
     BadLayer { path: PathBuf, detail: String },
+    #[error("writable layer {path}: there is one already; restore into a new rootfs snapshot")]
+    Occupied { path: PathBuf },
     #[error(
         "writable layer {path}: in use by another sandbox; a root directory can serve one container at a time, use a copy of it"
     )]
@@ -87,8 +93,7 @@ pub(crate) struct Request<'a> {
 pub(crate) struct Disks {
     /// Uppermost first.
     pub(crate) lower: Vec<File>,
-    /// Locked against a second sandbox as long as any copy of the descriptor is open.
-    pub(crate) writable: File,
+    pub(crate) writable: WritableDisk,
     /// For a layer that has an upper directory on the host.
     pub(crate) changes: Option<Changes>,
 }
@@ -103,7 +108,7 @@ pub(crate) struct Paths {
 
 impl Disks {
     pub(crate) fn paths(&self) -> Paths {
-        Paths { lower: self.lower.iter().map(path_of).collect(), writable: path_of(&self.writable) }
+        Paths { lower: self.lower.iter().map(path_of).collect(), writable: path_of(&self.writable.top) }
     }
 }
 
@@ -154,13 +159,47 @@ pub(crate) async fn prepare(
     }
     let (writable, lower) = tokio::join!(writable, lower);
     let (lower, writable) = (lower?, writable?);
-    let size = writable.metadata().map_err(|source| RootfsError::Host {
+    let changes = changes_of(upper, place.dir(), &writable)?;
+    Ok(Disks { lower, writable, changes })
+}
+
+/// As [`prepare`], of a container that is restored: its writable disk is a copy of these files, and its other disks are the
+/// caller's.
+pub(crate) async fn restore(
+    request: &Request<'_>,
+    source: Source,
+    files: Vec<File>,
+) -> Result<Disks, RootfsError> {
+    private_dir(request.state_dir)?;
+    let place = writable::Place::find(&source, request)?;
+    place.note(request)?;
+    // What stands in the upper directory is in the disk, if the client wanted it.
+    let (upper, _) = settle(&source, place.dir()).await?;
+    let writable = {
+        let place = place.clone();
+        blocking(move || writable::adopt(&place, &files)).await?
+    };
+    let changes = changes_of(upper, place.dir(), &writable)?;
+    Ok(Disks { lower: Vec::new(), writable, changes })
+}
+
+/// Removes the disk of a restore that has failed: a start of the container must not find it.
+pub(crate) fn forget_restored(paths: &Paths) -> Result<(), RootfsError> {
+    paths.writable.parent().map_or(Ok(()), writable::layers::remove)
+}
+
+fn changes_of(
+    upper: Option<PathBuf>,
+    dir: &Path,
+    writable: &WritableDisk,
+) -> Result<Option<Changes>, RootfsError> {
+    let Some(upper) = upper else { return Ok(None) };
+    let size = writable.size().map_err(|source| RootfsError::Host {
         operation: "look at the writable layer in",
-        path: place.dir().into(),
+        path: dir.into(),
         source,
     })?;
-    let changes = upper.map(|upper| Changes::new(&upper, place.dir(), size.len()));
-    Ok(Disks { lower, writable, changes })
+    Ok(Some(Changes::new(&upper, dir, size)))
 }
 
 /// The upper directory, and what of it, or of a copy, the guest gets.
@@ -260,11 +299,10 @@ mod tests {
     fn what_the_agent_says_of_a_disk_is_told_with_the_hosts_file() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str| File::create(dir.path().join(name)).unwrap();
-        let disks = Disks {
-            lower: vec![file("upper.erofs"), file("chain.erofs")],
-            writable: file("writable.ext4"),
-            changes: None,
-        };
+        file("writable.ext4");
+        let layers = writable::layers::Layers::find(dir.path()).unwrap().unwrap();
+        let writable = layers.open().unwrap();
+        let disks = Disks { lower: vec![file("upper.erofs"), file("chain.erofs")], writable, changes: None };
         let lower = ["ro0".to_string(), "ro1".to_string()];
         let explain = |said: &str| {
             disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()

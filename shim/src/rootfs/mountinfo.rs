@@ -1,21 +1,21 @@
-//! `/proc/self/mountinfo` (proc(5)): finds the overlay that is mounted on a given path.
+//! `/proc/self/mountinfo` (proc(5)): what is mounted where.
 
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// The mounted part of the file system, `/` for all of it.
-    pub(super) root: PathBuf,
-    pub(super) mount_point: PathBuf,
-    pub(super) fs_type: String,
+    pub(crate) root: PathBuf,
+    pub(crate) mount_point: PathBuf,
+    pub(crate) fs_type: String,
     /// The file system's own options, still escaped.
-    pub(super) super_options: String,
+    pub(crate) super_options: String,
 }
 
 /// Parses the whole file; lines that are not understood are skipped.
-pub(super) fn parse(text: &str) -> Vec<Entry> {
+pub(crate) fn parse(text: &str) -> Vec<Entry> {
     text.lines().filter_map(parse_line).collect()
 }
 
@@ -36,12 +36,12 @@ fn parse_line(line: &str) -> Option<Entry> {
 }
 
 /// The uppermost mount on exactly `path`.
-pub(super) fn find<'a>(entries: &'a [Entry], path: &Path) -> Option<&'a Entry> {
+pub(crate) fn find<'a>(entries: &'a [Entry], path: &Path) -> Option<&'a Entry> {
     entries.iter().rev().find(|entry| entry.mount_point == path)
 }
 
 /// Decodes the octal escapes (`\040`) that the kernel writes for blanks and backslashes.
-pub(super) fn unescape(text: &str) -> std::ffi::OsString {
+pub(crate) fn unescape(text: &str) -> std::ffi::OsString {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;

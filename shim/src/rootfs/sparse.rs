@@ -15,7 +15,7 @@ use nix::unistd::{Whence, lseek};
 const CHUNK: usize = 256 * 1024;
 
 /// Makes `to` (new and empty) an equal of `from`.
-pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
+pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
     // SAFETY: both descriptors are open for the duration of the call; FICLONE takes the
     // source descriptor as its argument and touches no memory of ours.
     if unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } == 0 {

@@ -1,4 +1,4 @@
-//! Files that are being made: named by their maker and its parent (pid and start time each),
+//! Files and directories that are being made: named by their maker and its parent (pid and start time each),
 //! so that whoever comes later can tell a living maker's file from a dead one's and remove
 //! the latter. A maker whose parent has ended counts as dead: it ends with its parent, if
 //! not at that very moment.
@@ -10,13 +10,13 @@ use crate::process::ProcessId;
 
 const PREFIX: &str = ".tmp-";
 
-/// A file under construction, removed when dropped unless published.
-pub(super) struct Temporary {
+/// A file or directory under construction, removed when dropped unless published.
+pub(crate) struct Temporary {
     path: PathBuf,
 }
 
 impl Temporary {
-    pub(super) fn new(dir: &Path, name: &str) -> Self {
+    pub(crate) fn new(dir: &Path, name: &str) -> Self {
         Self::with_parent(dir, name, None)
     }
 
@@ -33,12 +33,12 @@ impl Temporary {
         Self { path: dir.join(file_name(this, parent, count, name)) }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Gives the finished file its name and makes that durable.
-    pub(super) fn publish(self, target: &Path) -> io::Result<()> {
+    /// Gives what is finished its name and makes that durable.
+    pub(crate) fn publish(self, target: &Path) -> io::Result<()> {
         std::fs::rename(&self.path, target)?;
         let dir = target.parent().unwrap_or(Path::new("/"));
         std::fs::File::open(dir)?.sync_all()
@@ -47,7 +47,14 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        remove(&self.path);
+    }
+}
+
+/// Whatever it is.
+fn remove(path: &Path) {
+    if std::fs::remove_file(path).is_err_and(|error| error.kind() == io::ErrorKind::IsADirectory) {
+        let _ = std::fs::remove_dir_all(path);
     }
 }
 
@@ -67,12 +74,12 @@ fn makers(rest: &str) -> Option<[ProcessId; 2]> {
 }
 
 /// Removes what dead makers left in `dir`, and the locks that they held.
-pub(super) fn sweep(dir: &Path) {
+pub(crate) fn sweep(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
         if !makers(rest).is_some_and(|makers| makers.into_iter().all(ProcessId::is_alive)) {
-            let _ = std::fs::remove_file(entry.path());
+            remove(&entry.path());
         }
     }
     super::lock::sweep(dir);
@@ -92,6 +99,9 @@ mod tests {
             std::fs::write(dir.path().join(name), b"").unwrap();
         }
         std::fs::write(dir.path().join("image.erofs"), b"").unwrap();
+        let half = dir.path().join(file_name(dead, None, 1, "x"));
+        std::fs::create_dir(&half).unwrap();
+        std::fs::write(half.join("y"), b"").unwrap();
         sweep(dir.path());
         let mut names: Vec<_> =
             std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -1,12 +1,16 @@
 //! The writable layer: an ext4 disk whose life is the rootfs snapshot's, not the task's.
-//! It is a sparse copy of a golden file system, made once for each size.
+//! It is a sparse copy of a golden file system, made once for each size, with layers above it once it was
+//! captured ([`layers`]).
 
-use std::fs::{File, OpenOptions, TryLockError};
+pub(crate) mod layers;
+
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use self::layers::{Layers, WritableDisk};
 use super::owner::Owner;
 use super::source::Source;
 use super::temporary::{self, Temporary};
@@ -100,33 +104,44 @@ fn plain_name(name: &str) -> Result<&str, RootfsError> {
 }
 
 /// Opens the layer, making it at first use, and locks it for this sandbox.
-pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<File, RootfsError> {
-    // Two sandboxes that begin at once must not each make one: the second's rename would
-    // take the first's disk away. Nor may the layer be collected before its disk is locked.
-    let _preparing = lock::directory(&place.dir)?;
-    temporary::sweep(&place.dir);
+pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<WritableDisk, RootfsError> {
+    let _preparing = enter(place)?;
     let disk = place.dir.join(DISK);
-    match &place.life {
-        Life::Owned(owner) => write_owner(&place.dir, owner)?,
-        Life::Sandbox => remove_stale(&disk)?,
-        Life::Snapshot => {}
+    if let Some(layers) = Layers::find(&place.dir)? {
+        return layers.open();
     }
-    if !disk.exists() {
-        let golden = golden(state_dir, size_mib)?;
-        publish(&place.dir, DISK, |copy| sparse::copy(&golden, copy)).map_err(host("make", &disk))?;
-    }
-    open_locked(&disk)
+    layers::remove(&place.dir)?;
+    let golden = golden(state_dir, size_mib)?;
+    publish(&place.dir, DISK, |copy| sparse::copy(&golden, copy)).map_err(host("make", &disk))?;
+    let made = Layers::find(&place.dir)?;
+    made.ok_or_else(|| host("open", &disk)(io::ErrorKind::NotFound.into()))?.open()
 }
 
-/// The lock belongs to the open file, of which the VMM gets a descriptor: it lasts as long
-/// as the VM does.
-pub(super) fn open_locked(disk: &Path) -> Result<File, RootfsError> {
-    let file = OpenOptions::new().read(true).write(true).open(disk).map_err(host("open", disk))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(RootfsError::InUse { path: disk.into() }),
-        Err(TryLockError::Error(error)) => Err(host("lock", disk)(error)),
+/// As [`open`], for a layer that is not there yet and shall be what these files are, see [`Layers::adopt`].
+pub(super) fn adopt(place: &Place, files: &[File]) -> Result<WritableDisk, RootfsError> {
+    let _preparing = enter(place)?;
+    if Layers::find(&place.dir)?.is_some() {
+        return Err(RootfsError::Occupied { path: place.dir.clone() });
     }
+    Layers::adopt(&place.dir, files)?.open()
+}
+
+/// Locks the place while its disk is looked for and made. Two sandboxes that begin at once must not each make one: the second's
+/// rename would take the first's disk away. Nor may the layer be collected before its disk is locked.
+fn enter(place: &Place) -> Result<File, RootfsError> {
+    let preparing = lock::directory(&place.dir)?;
+    temporary::sweep(&place.dir);
+    match &place.life {
+        Life::Owned(owner) => write_owner(&place.dir, owner)?,
+        Life::Sandbox => remove_stale(&place.dir)?,
+        Life::Snapshot => {}
+    }
+    Ok(preparing)
+}
+
+/// Locks the disk in a layer's directory, if there is one.
+pub(super) fn lock_existing(dir: &Path) -> Result<Option<File>, RootfsError> {
+    Layers::find(dir)?.map(|layers| layers.lock()).transpose()
 }
 
 fn write_owner(dir: &Path, owner: &Owner) -> Result<(), RootfsError> {
@@ -141,12 +156,9 @@ fn write_owner(dir: &Path, owner: &Owner) -> Result<(), RootfsError> {
 }
 
 /// What a killed sandbox of the same name wrote is not this one's.
-fn remove_stale(disk: &Path) -> Result<(), RootfsError> {
-    if !disk.exists() {
-        return Ok(());
-    }
-    let _unused = open_locked(disk)?;
-    std::fs::remove_file(disk).map_err(host("remove", disk))
+fn remove_stale(dir: &Path) -> Result<(), RootfsError> {
+    let _unused = lock_existing(dir)?;
+    layers::remove(dir)
 }
 
 pub(super) fn host(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {

@@ -9,14 +9,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use slog::{Logger, info, warn};
-use spore_agent_api::READY_PORT;
+use spore_agent_api::{NAMES_PORT, READY_PORT};
 use spore_vmm::api::{EndReason, Event};
+use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::END_DEADLINE;
 use super::control::Heard;
+use super::snapshot::Settling;
 use crate::process;
 
 pub(super) const UNEXPLAINED: &str = "the virtual machine monitor ended without a reason";
@@ -49,27 +52,60 @@ fn lock(told: &Mutex<Told>) -> std::sync::MutexGuard<'_, Told> {
 pub(super) fn watch_over(
     child: Child,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    events: mpsc::UnboundedReceiver<Heard>,
+    (events, questions, settling): (mpsc::UnboundedReceiver<Heard>, mpsc::Sender<OwnedFd>, Settling),
     log: Logger,
 ) -> (watch::Receiver<bool>, watch::Receiver<Option<End>>) {
     let (ready_sender, ready) = watch::channel(false);
     let (end_sender, end) = watch::channel(None);
     let told = Shared::default();
-    let heard = tokio::spawn(follow(events, ready_sender, Arc::clone(&told)));
+    let heard = tokio::spawn(follow(events, ready_sender, questions, settling, Arc::clone(&told)));
     tokio::spawn(monitor(child, pidfd, heard, told, end_sender, log));
     (ready, end)
 }
 
 /// Takes the VMM's events as they come, until nothing can follow.
-async fn follow(mut events: mpsc::UnboundedReceiver<Heard>, ready: watch::Sender<bool>, told: Shared) {
+async fn follow(
+    mut events: mpsc::UnboundedReceiver<Heard>,
+    ready: watch::Sender<bool>,
+    questions: mpsc::Sender<OwnedFd>,
+    settling: Settling,
+    told: Shared,
+) {
+    let ready = Arc::new(ready);
     while let Some(heard) = events.recv().await {
         match heard {
-            Ok((Event::GuestConnection { port: READY_PORT }, _)) => drop(ready.send(true)),
-            Ok((Event::GuestConnection { .. }, _)) => {}
+            Ok((Event::GuestConnection { port: READY_PORT }, fds)) => {
+                tokio::spawn(attend(fds, Arc::clone(&ready)));
+            }
+            // Those for which there is no room are hung up.
+            Ok((Event::GuestConnection { port: NAMES_PORT }, fds)) => {
+                fds.into_iter().for_each(|stream| drop(questions.try_send(stream)));
+            }
+            Ok((Event::DisksSettled { layer_id, result }, _)) => settling.settled(&layer_id, result),
+            // The latter follows a call that nobody here makes.
+            Ok((Event::GuestConnection { .. } | Event::DiskMerged { .. }, _)) => {}
             Ok((Event::Ended(why), _)) => lock(&told).reason = Some(why),
             Err(error) => lock(&told).broken = Some(error),
         }
     }
+    settling.end();
+}
+
+/// Waits for the agent's byte, and keeps the connection to its end: a guest that is restored from this
+/// one's state knows by the reset of its own end that it is another.
+async fn attend(fds: Vec<OwnedFd>, ready: Arc<watch::Sender<bool>>) {
+    let Some(Ok(mut stream)) = fds.into_iter().next().map(stream) else { return };
+    if stream.read_u8().await.is_ok() {
+        let _ = ready.send(true);
+        // More than that it has not to say.
+        let _ = stream.read_u8().await;
+    }
+}
+
+fn stream(fd: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
 }
 
 /// Waits for the end of the process, reaps it, and tells why.

@@ -3,13 +3,14 @@
 //! the control socket (DESIGN 1); the VMM ends on every path: its owner's drop kills it,
 //! and the end of the control socket ends it when the shim is killed.
 
+mod build;
 mod control;
 mod end;
+mod snapshot;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +18,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use slog::{Logger, warn};
-use spore_agent_api::READY_PORT;
-use spore_vmm::api::{
-    Call, ConsoleConfig, DiskConfig, DiskSlots, FailureCode, FdIndex, Metrics, PROTOCOL_VERSION, Reply,
-    VmConfig, VsockConfig,
-};
+pub(crate) use spore_vmm::api::MAX_DISK_LAYERS;
+use spore_vmm::api::{Call, DiskConfig, FailureCode, FdIndex, Metrics, NetworkConfig, RateLimit, Reply};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -30,22 +28,17 @@ use tokio::sync::{mpsc, watch};
 use self::control::{CallError, Control};
 pub(crate) use self::end::End;
 use self::end::{UNEXPLAINED, tail};
-use crate::config::{Config, Machine};
+use self::snapshot::Settling;
+pub(crate) use self::snapshot::{Destination, Image, ImageDisk, Saved};
+use crate::config::{Config, Machine, NetworkLimits, Rate};
 use crate::process::{self, ProcessId};
-use crate::rootfs::MOST_LAYER_DISKS;
 use crate::rundir::RunDir;
 use crate::volumes::FileServer;
 
 /// Name of the vsock socket and of the logs in the run-time directory.
 pub(crate) const VSOCK: &str = "vsock.sock";
-/// What one container takes: its layers and what the upper directory held before the first
-/// task, its writable layer. A guest spends some time on every slot as it boots.
-const DISK_SLOTS: DiskSlots = DiskSlots { read_only: MOST_LAYER_DISKS + 1, writable: 1 };
 const CONSOLE: &str = "console.log";
 const VMM_LOG: &str = "vmm.log";
-const CONSOLE_CAP: u64 = 1 << 20;
-/// Every guest has the same id: each has its own vsock device and socket.
-const GUEST_CID: u32 = 3;
 /// A VMM that does not answer the control socket in this time is stuck.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 const UNENDING: &str = "the virtual machine monitor closed its control socket and does not end";
@@ -124,15 +117,20 @@ pub(crate) struct Vm {
     file_server: Mutex<Option<FileServer>>,
     ready: watch::Receiver<bool>,
     end: watch::Receiver<Option<End>>,
+    /// The memory layers that it was restored from, by id.
+    origin: Mutex<Vec<(String, File)>>,
+    settling: Settling,
     log: Logger,
 }
 
 impl Vm {
-    /// Starts the VMM process. Must be called on the thread that lives as long as the shim.
+    /// Starts the VMM process. Must be called on the thread that lives as long as the shim. What
+    /// the guest asks the host's name server goes to `questions`, as long as there is room.
     pub(crate) fn spawn(
         config: &Config,
         machine: &Machine,
         dir: Arc<RunDir>,
+        questions: mpsc::Sender<OwnedFd>,
         log: Logger,
     ) -> Result<Self, VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
@@ -164,10 +162,12 @@ impl Vm {
             }
         };
         let (event_sender, events) = mpsc::unbounded_channel();
+        let settling = Settling::default();
         let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
-        let (ready, end) = end::watch_over(child, Arc::clone(&pidfd), events, log.clone());
-        let (machine, file_server) = (machine.clone(), Mutex::default());
-        Ok(Self { control, dir, pidfd, id, machine, file_server, ready, end, log })
+        let (ready, end) =
+            end::watch_over(child, Arc::clone(&pidfd), (events, questions, settling.clone()), log.clone());
+        let (machine, file_server, origin) = (machine.clone(), Mutex::default(), Mutex::default());
+        Ok(Self { control, dir, pidfd, id, machine, file_server, ready, end, origin, settling, log })
     }
 
     pub(crate) fn id(&self) -> ProcessId {
@@ -192,47 +192,6 @@ impl Vm {
         }
     }
 
-    /// Builds the VM and lets it run.
-    pub(crate) async fn boot(&self, config: &Config, files: &HostFiles) -> Result<(), VmError> {
-        let host = |operation| move |source| VmError::Host { operation, source };
-        let console = self.dir.create_file(CONSOLE).map_err(host("create the console's log"))?;
-        let listener = UnixListener::bind(self.dir.socket(VSOCK)).map_err(host("make the vsock socket"))?;
-        let mut cmdline = spore_vmm::DEFAULT_CMDLINE.to_string();
-        for more in [config.kernel_args.as_str(), if self.machine.debug { "loglevel=7" } else { "" }] {
-            if !more.is_empty() {
-                cmdline.push(' ');
-                cmdline.push_str(more);
-            }
-        }
-        let fds = [
-            files.kvm.as_raw_fd(),
-            files.kernel.as_raw_fd(),
-            files.initramfs.as_raw_fd(),
-            console.as_raw_fd(),
-            listener.as_raw_fd(),
-        ];
-        let configuration = VmConfig {
-            protocol: PROTOCOL_VERSION,
-            vcpus: self.machine.vcpus,
-            memory_mib: self.machine.memory_mib,
-            kvm: FdIndex(0),
-            kernel: FdIndex(1),
-            initrd: Some(FdIndex(2)),
-            cmdline,
-            console: Some(ConsoleConfig { output: FdIndex(3), input: None, cap_bytes: CONSOLE_CAP }),
-            vsock: Some(VsockConfig {
-                guest_cid: GUEST_CID,
-                listener: FdIndex(4),
-                host_ports: vec![READY_PORT],
-            }),
-            disk_slots: DISK_SLOTS,
-            filesystem: Some(spore_agent_api::VOLUMES_TAG.into()),
-            disks: Vec::new(),
-        };
-        self.call("configure", Call::Configure(configuration), &fds).await?;
-        self.call("boot", Call::Boot, &[]).await.map(drop)
-    }
-
     /// Gives the guest what `server` serves on these sockets; the server ends with the VM.
     pub(crate) async fn attach_volumes(
         &self,
@@ -245,13 +204,44 @@ impl Vm {
         self.call("attach volumes", Call::AttachFilesystem { sockets: indices }, &fds).await.map(drop)
     }
 
-    /// Puts a disk into a free slot and returns the serial by which the guest knows it.
-    pub(crate) async fn attach_disk(&self, file: &File, read_only: bool) -> Result<String, VmError> {
-        let call = Call::AttachDisk(DiskConfig { file: FdIndex(0), read_only });
-        match self.call("attach a disk", call, &[file.as_raw_fd()]).await? {
+    /// Whether the guest has directories or files of the host.
+    pub(crate) fn has_volumes(&self) -> bool {
+        self.file_server.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Puts a disk into a free slot and returns the serial by which the guest knows it. The layers `below` the
+    /// file are counted from the bottom up.
+    pub(crate) async fn attach_disk(
+        &self,
+        file: &File,
+        below: &[File],
+        read_only: bool,
+    ) -> Result<String, VmError> {
+        let fds: Vec<_> = [file].into_iter().chain(below).map(AsRawFd::as_raw_fd).collect();
+        let below = (1u32..).take(below.len()).map(FdIndex).collect();
+        let call = Call::AttachDisk(DiskConfig { file: FdIndex(0), below, read_only });
+        match self.call("attach a disk", call, &fds).await? {
             Reply::Attached(disk) => Ok(disk.serial),
             other => Err(unexpected("attach a disk", &other)),
         }
+    }
+
+    /// Gives a network slot its tap. The VMM has the descriptor afterwards, whoever else has it.
+    pub(crate) async fn attach_network(
+        &self,
+        slot: u8,
+        tap: &OwnedFd,
+        limits: NetworkLimits,
+    ) -> Result<(), VmError> {
+        let rate = |rate: Rate| RateLimit { bytes_per_s: rate.bytes, packets_per_s: rate.packets };
+        let (to_guest, from_guest) = (rate(limits.received), rate(limits.sent));
+        let network = NetworkConfig { slot, tap: FdIndex(0), to_guest, from_guest };
+        self.call("attach a network", Call::AttachNetwork(network), &[tap.as_raw_fd()]).await.map(drop)
+    }
+
+    /// Closes a slot's tap.
+    pub(crate) async fn detach_network(&self, slot: u8) -> Result<(), VmError> {
+        self.call("detach a network", Call::DetachNetwork { slot }, &[]).await.map(drop)
     }
 
     /// Asks the guest to give so much of its memory to the host; it follows in its own time, and

@@ -1,6 +1,8 @@
 use spore_vmm::api::EndReason;
 
 use super::end::{TAIL_LINES, Told, describe};
+use spore_vmm::api::MAX_NETWORK_SLOTS;
+
 use super::*;
 
 #[test]
@@ -12,6 +14,17 @@ fn the_end_is_told_in_words() {
     assert!(describe(&Told::default(), None).contains("without a reason"));
     let broken = Told { reason: None, broken: Some(io::Error::other("noise")) };
     assert!(describe(&broken, None).contains("cannot be understood: noise"));
+}
+
+/// Neither crate knows the other.
+#[test]
+fn the_guest_knows_a_network_slot_by_the_address_that_the_vmm_gives_it() {
+    assert_eq!(MAX_NETWORK_SLOTS, spore_agent_api::network::MAX_SLOTS);
+    for slot in 0..MAX_NETWORK_SLOTS {
+        let address = spore_vmm::api::network_mac(slot);
+        assert_eq!(address, spore_agent_api::network::permanent_mac(slot));
+        assert_eq!(spore_agent_api::network::slot_of(&address), Some(slot));
+    }
 }
 
 #[test]

@@ -67,7 +67,7 @@ impl Host {
         std::fs::write(at("vmm"), script).unwrap();
         std::fs::set_permissions(at("vmm"), std::fs::Permissions::from_mode(0o755)).unwrap();
         let text = format!(
-            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nstate_dir = {:?}\nrun_dir = {:?}\nwritable_size_mib = 64\ntimeline = {:?}\n{config}\n",
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nstate_dir = {:?}\nrun_dir = {:?}\nwritable_size_mib = 64\nboot_templates = false\ntimeline = {:?}\n{config}\n",
             at("kernel"),
             at("initramfs"),
             at("vmm"),
@@ -93,11 +93,20 @@ impl Host {
     }
 
     pub(crate) fn write_spec(&self, args: &[&str]) {
+        self.write_spec_in(args, None);
+    }
+
+    /// With the path of a network namespace.
+    pub(crate) fn write_spec_in(&self, args: &[&str], network: Option<&Path>) {
+        let network = match network {
+            Some(path) => json!({ "type": "network", "path": path }),
+            None => json!({ "type": "network" }),
+        };
         let spec = json!({
             "ociVersion": "1.0.2",
             "process": { "args": args, "cwd": "/", "user": { "uid": 0, "gid": 0 }, "oomScoreAdj": 321 },
             "root": { "path": self.path("root") },
-            "linux": { "namespaces": [{ "type": "network" }, { "type": "pid" }] },
+            "linux": { "namespaces": [network, { "type": "pid" }] },
         });
         std::fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
     }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
 pub(crate) mod host;
+pub(crate) mod space;
 
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -18,11 +19,14 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use protobuf::Message as _;
 use serde_json::Value;
 use spore_agent_api::stream::{HEADER_LEN, Hello, Kind, UNCHANGED};
 use spore_agent_api::v1::files::watch_event::Kind as Change;
-use spore_agent_api::v1::{container, container_ttrpc, files, files_ttrpc, sandbox, sandbox_ttrpc};
-use spore_agent_api::{RPC_PORT, STDIO_PORT};
+use spore_agent_api::v1::{
+    container, container_ttrpc, files, files_ttrpc, network, network_ttrpc, sandbox, sandbox_ttrpc,
+};
+use spore_agent_api::{NAMES_PORT, RPC_PORT, STDIO_PORT};
 use spore_vmm::api::{
     AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, MAX_MESSAGE, Message, Metrics,
     Reply, Request,
@@ -47,6 +51,12 @@ pub(crate) const IMMORTAL: &str = "fake.immortal";
 /// Start goes on when somebody opens the fifo [`GATE_FIFO`] in TMPDIR.
 pub(crate) const GATE: &str = "fake.gate";
 pub(crate) const GATE_FIFO: &str = "gate";
+/// The agent refuses an address.
+pub(crate) const UNROUTED: &str = "fake.unrouted";
+/// The last Update of the network, encoded, in TMPDIR.
+pub(crate) const NETWORK: &str = "network";
+/// What the name server has answered, in TMPDIR.
+pub(crate) const ANSWER: &str = "answer";
 /// What the agent's Shutdown leaves in TMPDIR.
 pub(crate) const SHUT_DOWN: &str = "shut-down";
 
@@ -86,6 +96,7 @@ pub(crate) fn fake_vmm() {
     let mut cmdline = String::new();
     let mut console: Option<std::fs::File> = None;
     let mut disks = Vec::new();
+    let mut taps = HashMap::new();
     while let Some((request, mut fds)) = receive(0) {
         let reply = match request.call {
             Call::Configure(config) => {
@@ -95,7 +106,11 @@ pub(crate) fn fake_vmm() {
                 listener.set_nonblocking(true).unwrap();
                 console = Some(fds.remove(config.console.unwrap().output.0 as usize).into());
                 runtime.spawn(vsock(listener, cmdline.clone()));
-                Reply::Configured { disk_slots: config.disk_slots, disks: Vec::new() }
+                Reply::Configured {
+                    disk_slots: config.disk_slots,
+                    network_slots: config.network_slots,
+                    disks: Vec::new(),
+                }
             }
             Call::Boot => {
                 send(0, &Message::Response { id: request.id, result: Ok(Reply::Done) }, &[]);
@@ -110,7 +125,8 @@ pub(crate) fn fake_vmm() {
                 if cmdline.contains(GARBAGE) {
                     send_garbage(0);
                 } else if !cmdline.contains(HANG) && !cmdline.contains(FAULT) {
-                    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+                    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+                    theirs.write_all(&[0]).unwrap();
                     send(0, &Message::Event(Event::GuestConnection { port: 1024 }), &[ours.as_raw_fd()]);
                 }
                 continue;
@@ -131,6 +147,14 @@ pub(crate) fn fake_vmm() {
                 // A descriptor that stays open: the lock on the writable layer stays too.
                 disks.append(&mut fds);
                 Reply::Attached(AttachedDisk { serial })
+            }
+            Call::AttachNetwork(network) => {
+                assert!(taps.insert(network.slot, fds.remove(network.tap.0 as usize)).is_none());
+                Reply::Done
+            }
+            Call::DetachNetwork { slot } => {
+                taps.remove(&slot).expect("a slot that has a tap");
+                Reply::Done
             }
             Call::Metrics => Reply::Metrics(Metrics {
                 boot: BootTimes { entered_ns: 7, ..Default::default() },
@@ -175,6 +199,7 @@ async fn vsock(listener: StdListener, cmdline: String) {
     let mut services = sandbox_ttrpc::create_sandbox(Arc::new(agent.clone()));
     services.extend(container_ttrpc::create_container(Arc::new(agent.clone())));
     services.extend(files_ttrpc::create_files(Arc::new(agent.clone())));
+    services.extend(network_ttrpc::create_network(Arc::new(agent.clone())));
     let mut server =
         Server::new().bind(&format!("unix://{}", path.display())).unwrap().register_service(services);
     server.start().await.unwrap();
@@ -398,6 +423,14 @@ impl container_ttrpc::Container for Agent {
         Ok(container::DeleteResponse::new())
     }
 
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        _: container::StatsRequest,
+    ) -> ttrpc::Result<container::StatsResponse> {
+        Ok(container::StatsResponse::new())
+    }
+
     async fn pids(
         &self,
         _: &TtrpcContext,
@@ -412,6 +445,40 @@ impl container_ttrpc::Container for Agent {
         let processes = vec![process(pid + 1), process(pid)];
         Ok(container::PidsResponse { processes, ..Default::default() })
     }
+}
+
+#[async_trait]
+impl network_ttrpc::Network for Agent {
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: network::NetworkRequest,
+    ) -> ttrpc::Result<network::NetworkResponse> {
+        if self.is(UNROUTED) {
+            let message = "interface eth0: address 10.1.1.2/24: no\x1b room".into();
+            let problems = vec![network::Problem { message, ..Default::default() }];
+            return Ok(network::NetworkResponse { problems, ..Default::default() });
+        }
+        if request.name_server {
+            tokio::spawn(ask_for_a_name());
+        }
+        let temporary = std::env::temp_dir().join(".network");
+        std::fs::write(&temporary, request.write_to_bytes().unwrap()).unwrap();
+        std::fs::rename(temporary, std::env::temp_dir().join(NETWORK)).unwrap();
+        Ok(network::NetworkResponse::new())
+    }
+}
+
+/// A container's question, as the VMM and the agent pass it on.
+async fn ask_for_a_name() {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let theirs = theirs.into_std().unwrap();
+    send(0, &Message::Event(Event::GuestConnection { port: NAMES_PORT }), &[theirs.as_raw_fd()]);
+    drop(theirs);
+    ours.write_all(b"\0\0\x08question").await.unwrap();
+    let mut answer = Vec::new();
+    ours.read_to_end(&mut answer).await.unwrap();
+    std::fs::write(std::env::temp_dir().join(ANSWER), answer).unwrap();
 }
 
 /// Names a file whose stat is refused with words for a terminal.

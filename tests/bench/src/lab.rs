@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
-use spore_harness::call::{Output, Piped};
+use spore_harness::call::{Call, Output, Piped};
 use spore_harness::containerd::{Containerd, Runtime, preferred_series};
 use spore_harness::image::{self, BUSYBOX};
 
@@ -58,10 +58,27 @@ impl Lab {
 
     /// Starts a container that waits.
     pub(crate) fn detach(&self, runtime: Runtime, id: &str, options: &[&str]) -> Result<()> {
+        self.detach_with(runtime, id, options, &["sleep", "100000"])
+    }
+
+    /// Starts a container and leaves it alone.
+    pub(crate) fn detach_with(
+        &self,
+        runtime: Runtime,
+        id: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> Result<()> {
         let mut args = vec!["run", "--detach", "--runtime", runtime.id()];
         args.extend(options);
-        args.extend([BUSYBOX, id, "sleep", "100000"]);
+        args.extend([BUSYBOX, id]);
+        args.extend(command);
         self.containerd.must(&args).map(drop)
+    }
+
+    /// A call of `ctr`.
+    pub(crate) fn ctr(&self, args: &[&str]) -> Call {
+        self.containerd.ctr(args)
     }
 
     /// `ctr tasks exec` in it.

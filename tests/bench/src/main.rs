@@ -5,10 +5,12 @@
 //! [`report::Row`].
 
 mod coldstart;
+mod datapath;
 mod exec;
 mod io;
 mod kernels;
 mod lab;
+mod network;
 mod report;
 mod stats;
 
@@ -17,6 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
+use spore_harness::network::traffic;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Suite {
@@ -26,8 +29,13 @@ enum Suite {
     Exec,
     /// Volumes and the writable layer: throughput and metadata.
     Io,
+    /// Interfaces: throughput, latency, datagrams and what they cost.
+    Network,
     /// Guest kernels under Spore: boot time and memory. Only on request.
     Kernels,
+    /// The VMM's network data path with a bare-metal guest, on this machine's own `/dev/kvm`. Only on
+    /// request.
+    Datapath,
 }
 
 #[derive(Parser)]
@@ -44,7 +52,13 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
+    // What the containers of the network's suite run.
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let outcome = match words.split_first() {
+        Some((verb, rest)) if verb == traffic::VERB => traffic::main(rest),
+        _ => run(&Cli::parse()),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("spore-bench: error: {error:#}");
@@ -66,8 +80,14 @@ fn run(cli: &Cli) -> Result<()> {
     if wanted(Suite::Io) {
         report::publish("io", &io::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
     }
+    if wanted(Suite::Network) {
+        report::publish("network", &network::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
+    }
     if cli.suites.contains(&Suite::Kernels) {
         report::publish("kernels", &kernels::run(cli.pairs, &results)?, &results)?;
+    }
+    if cli.suites.contains(&Suite::Datapath) {
+        report::publish("datapath", &datapath::run(cli.pairs)?, &results)?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -10,11 +11,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use spore_harness::bed::Subject;
 use spore_harness::call::{Call, Output};
 use spore_harness::image::BUSYBOX;
+use spore_harness::network::cni::CONFIGURATIONS;
 use spore_harness::wait;
 
 const STATUS: Duration = Duration::from_secs(120);
 /// A shell that reacts to signals at once and can be told to end.
-const WAITING: &str = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
+const WAITING: &str = "trap 'exit 0' TERM; while :; do sleep 1000000 & wait $!; done";
 
 /// Waits, in a container, until the terminal has a size that only a client can have given it.
 pub(crate) const UNTIL_RESIZED: &str =
@@ -24,6 +26,22 @@ pub(crate) const UNTIL_RESIZED: &str =
 pub(crate) struct Guest {
     subject: Subject,
     pub(crate) id: String,
+    /// Where `ctr` finds what it has made of the network, which it takes away with the task.
+    cni: Option<Cni>,
+}
+
+/// The network namespace of a caller of `ctr`, and its configurations of networks.
+#[derive(Debug, Clone)]
+pub(crate) struct Cni {
+    pub(crate) namespace: PathBuf,
+    pub(crate) configurations: PathBuf,
+}
+
+impl Cni {
+    /// A call of somebody there.
+    pub(crate) fn call(&self, call: Call) -> Call {
+        call.in_namespace(&self.namespace, &self.configurations, Path::new(CONFIGURATIONS))
+    }
 }
 
 /// What cases share: a container, and what it needs of the host.
@@ -74,14 +92,27 @@ impl Guest {
         args.extend([BUSYBOX, &id]);
         args.extend(command);
         // From here on dropping it removes what there is.
-        let guest = Self { subject: subject.clone(), id: id.clone() };
+        let guest = Self::adopt(subject, &id);
         subject.must(&args)?;
         Ok(guest)
     }
 
     /// Takes over a container that a case has started itself.
     pub(crate) fn adopt(subject: &Subject, id: &str) -> Self {
-        Self { subject: subject.clone(), id: id.to_owned() }
+        Self::adopt_with(subject, id, None)
+    }
+
+    /// The same of one with a network of `ctr`'s.
+    pub(crate) fn adopt_with(subject: &Subject, id: &str, cni: Option<Cni>) -> Self {
+        Self { subject: subject.clone(), id: id.to_owned(), cni }
+    }
+
+    fn ctr(&self, args: &[&str]) -> Result<Call> {
+        let call = self.subject.ctr(args)?;
+        Ok(match &self.cni {
+            Some(cni) => cni.call(call),
+            None => call,
+        })
     }
 
     /// `ctr tasks VERB [OPTIONS] ID [REST]`.
@@ -90,7 +121,7 @@ impl Guest {
         args.extend(options);
         args.push(&self.id);
         args.extend(rest);
-        self.subject.ctr(&args)
+        self.ctr(&args)
     }
 
     /// The same, to its end, which must be a good one; its output.
@@ -121,10 +152,25 @@ impl Guest {
 
     /// The state in `ctr tasks ls`, such as "RUNNING".
     pub(crate) fn status(&self) -> Result<String> {
+        self.listed(2)
+    }
+
+    /// The pid that `ctr tasks ls` tells.
+    pub(crate) fn pid(&self) -> Result<String> {
+        self.listed(1)
+    }
+
+    /// Its network namespace, by that pid.
+    pub(crate) fn network(&self) -> Result<PathBuf> {
+        Ok(format!("/proc/{}/ns/net", self.pid()?).into())
+    }
+
+    /// A column of its line in `ctr tasks ls`.
+    fn listed(&self, column: usize) -> Result<String> {
         let list = self.subject.must(&["tasks", "ls"])?;
         let line = list.lines().find(|line| line.split_whitespace().next() == Some(self.id.as_str()));
-        let status = line.and_then(|line| line.split_whitespace().nth(2));
-        status.map(str::to_owned).ok_or_else(|| anyhow!("{} is not in {list:?}", self.id))
+        let value = line.and_then(|line| line.split_whitespace().nth(column));
+        value.map(str::to_owned).ok_or_else(|| anyhow!("{} is not in {list:?}", self.id))
     }
 
     /// Waits for a state.
@@ -142,7 +188,7 @@ impl Drop for Guest {
             ["tasks", "delete", "--force", self.id.as_str()].as_slice(),
             ["containers", "delete", self.id.as_str()].as_slice(),
         ] {
-            if let Ok(call) = self.subject.ctr(args) {
+            if let Ok(call) = self.ctr(args) {
                 call.run().ok();
             }
         }

@@ -3,6 +3,7 @@
 //! a wrong case. Arguments are libtest's; the environment chooses the rest:
 //!
 //! * `SPORE_E2E_SERIES`: series of containerd, default 1.7 and the newest;
+//! * `SPORE_CONFORMANCE_TURNS`: each case under one of the series only, by turns;
 //! * `SPORE_SHARD`: `1/2` runs one half, another machine with `2/2` the other.
 //!
 //! The table of results goes to `conformance.md` among the results.
@@ -11,6 +12,7 @@ mod api;
 mod bundle;
 mod cases;
 mod guest;
+mod lan;
 mod probe;
 mod table;
 
@@ -22,8 +24,10 @@ use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
 use spore_harness::bed::{Bed, Subject};
 use spore_harness::containerd::{Runtime, series};
+use spore_harness::network::traffic;
 use spore_harness::shard;
 
+use cases::network::moments;
 use cases::{Case, Difference};
 use table::{Table, Verdict};
 
@@ -33,11 +37,19 @@ const SERIES: [&str; 2] = ["1.7", "2."];
 
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args().skip(1).collect();
-    if let Some((probe::VERB, rest)) = words.split_first().map(|(verb, rest)| (verb.as_str(), rest)) {
-        return match probe::main(rest) {
+    // What runs elsewhere as a copy of this program.
+    let (verb, rest) = words.split_first().map_or(("", &[][..]), |(verb, rest)| (verb.as_str(), rest));
+    let other = match verb {
+        probe::VERB => Some(probe::main(rest)),
+        traffic::VERB => Some(traffic::main(rest)),
+        moments::HOOK => Some(moments::hook_main(rest)),
+        _ => None,
+    };
+    if let Some(outcome) = other {
+        return match outcome {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("probe: {error:#}");
+                eprintln!("{verb}: {error:#}");
                 ExitCode::FAILURE
             }
         };
@@ -73,11 +85,15 @@ fn plan() -> Result<(Arc<Bed>, Arc<Table>, Vec<Trial>)> {
             .filter(|series| SERIES.iter().any(|wanted| series.starts_with(wanted)))
             .collect::<Vec<_>>(),
     };
+    let turns = std::env::var_os("SPORE_CONFORMANCE_TURNS").is_some();
     let mut trials = Vec::new();
-    for series in &chosen {
+    for (turn, series) in chosen.iter().enumerate() {
         let subjects =
             [Runtime::Runc, Runtime::Spore].map(|runtime| Subject::new(Arc::clone(&bed), series, runtime));
-        for case in cases::all(series) {
+        for (number, case) in cases::all(series).into_iter().enumerate() {
+            if turns && !case.one_series && number % chosen.len() != turn {
+                continue;
+            }
             trials.push((case.weight, trial(case, subjects.clone(), Arc::clone(&table))));
         }
     }

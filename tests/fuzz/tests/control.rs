@@ -193,7 +193,7 @@ proptest! {
     #[test]
     fn a_disk_of_any_kind_of_descriptor(kinds in kinds(), index in 0u32..14, read_only: bool) {
         let Fds { fds, watch } = fds(&kinds);
-        let result = attached_disk(&DiskConfig { file: FdIndex(index), read_only }, FdTable::new(fds));
+        let result = attached_disk(&DiskConfig { file: FdIndex(index), read_only, below: Vec::new() }, FdTable::new(fds));
         if result.is_ok() {
             prop_assert_eq!(kinds.len(), 1, "every descriptor is named");
             prop_assert_eq!(kinds[0] % 8, 1, "only the regular file is a disk");

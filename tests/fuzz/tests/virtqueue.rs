@@ -9,10 +9,13 @@ mod virtio;
 use std::os::unix::net::UnixListener;
 
 use proptest::prelude::*;
+use spore_native::tap;
+use spore_vmm::api::RateLimit;
 use spore_vmm::bus::MmioDevice;
 use spore_vmm::devices::virtio::VirtioDevice;
 use spore_vmm::devices::virtio::balloon::Balloon;
 use spore_vmm::devices::virtio::blk::Blk;
+use spore_vmm::devices::virtio::net::Net;
 use spore_vmm::devices::virtio::rng::Rng;
 use spore_vmm::devices::virtio::vsock::Vsock;
 use virtio::{AVAILABLE, HIGH, HIGH_BASE, LOW, Machine, TABLE, USED};
@@ -37,6 +40,8 @@ enum Kind {
     BlkEmpty,
     Vsock,
     Balloon,
+    NetDown,
+    NetUp,
 }
 
 fn kind() -> impl Strategy<Value = Kind> {
@@ -46,7 +51,9 @@ fn kind() -> impl Strategy<Value = Kind> {
         Just(Kind::BlkWritable),
         Just(Kind::BlkEmpty),
         Just(Kind::Vsock),
-        Just(Kind::Balloon)
+        Just(Kind::Balloon),
+        Just(Kind::NetDown),
+        Just(Kind::NetUp)
     ]
 }
 
@@ -55,7 +62,28 @@ fn blk(read_only: bool, attach: bool) -> Box<dyn VirtioDevice> {
     if attach {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 * 512).unwrap();
-        device.handle().attach(file).unwrap();
+        // What is written goes through layers: an empty one over the file.
+        let (top, below) =
+            if read_only { (file, Vec::new()) } else { (tempfile::tempfile().unwrap(), vec![file]) };
+        device.handle().attach(top, below).unwrap();
+    }
+    Box::new(device)
+}
+
+/// With a tap in a namespace of the thread's own, in which frames of all sizes wait.
+fn net(attach: bool) -> Box<dyn VirtioDevice> {
+    let device = Net::new(0).unwrap();
+    if attach {
+        thread_local!(static ENTERED: () = tap::enter_namespace());
+        ENTERED.with(|()| {});
+        let (fd, host) = tap::pair("tap0");
+        let limit = RateLimit::default();
+        device.handle().attach(fd, limit, limit).unwrap();
+        for (number, len) in (0..).zip([60, 1514, 18, 700, 60, 60, 1514, 300]) {
+            host.send(&tap::frame(number, len));
+        }
+        let (header, big) = tap::segment(9000, 1000);
+        host.send_with(&header, &big).unwrap();
     }
     Box::new(device)
 }
@@ -64,6 +92,8 @@ fn device(kind: Kind) -> Box<dyn VirtioDevice> {
     match kind {
         Kind::Rng => Box::new(Rng::new()),
         Kind::Balloon => Box::new(Balloon::new()),
+        Kind::NetDown => net(false),
+        Kind::NetUp => net(true),
         Kind::BlkReadOnly => blk(true, true),
         Kind::BlkWritable => blk(false, true),
         Kind::BlkEmpty => blk(false, false),

@@ -427,7 +427,7 @@ stack0:
     .skip 8192
 stack0_top:
 stack3:
-    .skip 65536
+    .skip 262144
 stack3_top:
 .globl interrupts, ap_online, ap_records
 interrupts:

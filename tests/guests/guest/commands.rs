@@ -3,6 +3,7 @@
 use crate::memory::{BootParams, CHECKSUM_SEED, checksum};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk, MAX_REQUEST, Op, SECTOR, Status};
+use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::{self};
 use crate::{acpi, cpu, memory, pattern, power, say, serial, services, smp};
@@ -18,6 +19,7 @@ pub struct Machine {
     boot: BootParams,
     disks: [Option<Blk>; virtio::SLOTS as usize],
     balloon: Option<Balloon>,
+    networks: [Option<Net>; 4],
 }
 
 /// The arguments of a command.
@@ -35,7 +37,7 @@ impl<'a> Arguments<'a> {
 
 impl Machine {
     pub fn new(boot: BootParams) -> Self {
-        Self { boot, disks: [const { None }; virtio::SLOTS as usize], balloon: None }
+        Self { boot, disks: [const { None }; virtio::SLOTS as usize], balloon: None, networks: [const { None }; 4] }
     }
 
     /// Runs one command and prints its outcome.
@@ -79,12 +81,19 @@ impl Machine {
                 Ok(())
             }
             "acpi" => acpi::Tables::walk(self.boot.rsdp()),
+            "count" => count(),
+            "vector" => cpu::keep_vectors(),
+            "store" => store(arguments.number()?, arguments.number()?, arguments.number()?),
+            "load" => load(arguments.number()?, arguments.number()?),
+            "scatter" => scatter(arguments.number()?, arguments.number()?),
+            "scattered" => scattered(arguments.number()?, arguments.number()?, arguments.number()?),
             "dirty" => dirty(arguments.number()?, arguments.number()?),
             "bus" => bus(),
             "rng" => rng(),
             "serve" => services::serve(arguments.0.filter_map(|port| port.parse().ok())),
             "inflate" | "deflate" | "report" => self.give(name, arguments.number()?),
             "zeroes" => zeroes(arguments.number()?),
+            "net-link" | "net-receive" | "net-send" | "net-echo" => self.network(name, arguments),
             "disks" => self.list_disks(),
             "disk-wait" => {
                 let (index, sectors) = (self.disk(arguments.text()?)?, arguments.number()?);
@@ -97,6 +106,10 @@ impl Machine {
             }
             "disk-fill" | "disk-check" | "disk-sum" | "disk-write" | "disk-discard" | "disk-zero"
             | "disk-flush" => self.disk_command(name, arguments),
+            "disk-count" => {
+                let (index, from, to) = (self.disk(arguments.text()?)?, arguments.number()?, arguments.number()?);
+                count_twice(self.opened(index)?, from, to)
+            }
             _ => Err("unknown command"),
         }
     }
@@ -179,6 +192,27 @@ impl Machine {
         }
     }
 
+    /// `net-link,NTH,1`: waits for the link; `net-receive,NTH,COUNT`, `net-echo,NTH,COUNT`,
+    /// `net-send,NTH,COUNT,LENGTH`: so many frames.
+    fn network(&mut self, name: &str, mut arguments: Arguments<'_>) -> Outcome {
+        let (nth, number) = (arguments.number()? as usize, arguments.number()?);
+        let place = self.networks.get_mut(nth).ok_or("no such network device")?;
+        if place.is_none() {
+            *place = Some(Net::open(nth)?);
+        }
+        let net = place.as_mut().ok_or("no such network device")?;
+        match name {
+            "net-link" => net.wait_link(number == 1),
+            "net-echo" => net.echo(number)?,
+            "net-send" => net.send(number, arguments.number()? as usize)?,
+            _ => {
+                let received = net.receive(number)?;
+                say!("net frames={} bytes={} in-order={}", received.frames, received.bytes, received.in_order);
+            }
+        }
+        Ok(())
+    }
+
     /// The position of the disk whose serial is `serial`, opening disks as needed.
     fn disk(&mut self, serial: &str) -> Result<usize, &'static str> {
         for device in blk::devices() {
@@ -251,6 +285,28 @@ impl Machine {
         }
         say!("sum={sum:016x}");
         Ok(())
+    }
+}
+
+/// Counts in memory and in the first sector of the disk, which must agree before each step and at the end. The
+/// disk has `from` when that is not 0.
+fn count_twice(disk: &mut Blk, from: u64, to: u64) -> Outcome {
+    let mut count = from;
+    loop {
+        outcome(disk.request(Op::Read, 0, SECTOR)?)?;
+        let mut word = [0; 8];
+        word.copy_from_slice(&disk.data[..8]);
+        let found = u64::from_le_bytes(word);
+        if found != count {
+            say!("memory={count} disk={found}");
+            return Err("memory and disk disagree");
+        }
+        if count == to {
+            return Ok(());
+        }
+        count += 1;
+        disk.data[..8].copy_from_slice(&count.to_le_bytes());
+        outcome(disk.request(Op::Write, 0, SECTOR)?)?;
     }
 }
 
@@ -350,6 +406,70 @@ fn dirty(mib: u64, rounds: u64) -> Outcome {
             sum = sum.wrapping_mul(31).wrapping_add(unsafe { (page as *const u64).read_volatile() });
         }
         say!("dirty round={round} sum={sum:016x}");
+    }
+    Ok(())
+}
+
+/// Counts aloud for ever.
+fn count() -> Outcome {
+    let mut number = 0u64;
+    loop {
+        say!("count {number}");
+        number += 1;
+    }
+}
+
+/// `store,AT,MIB,SEED`: writes one word of each page of `mib` MiB from `at` MiB above 16 MiB on.
+fn store(at: u64, mib: u64, seed: u64) -> Outcome {
+    let start = DIRTY + (at << 20);
+    for page in (start..start + (mib << 20)).step_by(4096) {
+        // SAFETY: the test gave the machine this much memory.
+        unsafe { (page as *mut u64).write_volatile(page ^ seed) };
+    }
+    Ok(())
+}
+
+/// `load,AT,MIB`: fails unless each of these pages holds what one and the same seed put there; prints the seed, which is
+/// the page's own address where nothing was written.
+fn load(at: u64, mib: u64) -> Outcome {
+    let start = DIRTY + (at << 20);
+    // SAFETY: the test gave the machine this much memory.
+    let word = |page: u64| unsafe { (page as *const u64).read_volatile() };
+    let seed = word(start) ^ start;
+    for page in (start..start + (mib << 20)).step_by(4096) {
+        let here = word(page) ^ page;
+        if here != seed && !(word(page) == 0 && word(start) == 0) {
+            say!("page {page:#x} has seed {here}, the first one {seed}");
+            return Err("pages differ");
+        }
+    }
+    say!("seed={}", if word(start) == 0 { 0 } else { seed });
+    Ok(())
+}
+
+/// The seed of [`scatter`].
+const SCATTERED: u64 = 999;
+
+/// As `store`, every other page.
+fn scatter(at: u64, mib: u64) -> Outcome {
+    let start = DIRTY + (at << 20);
+    for page in (start..start + (mib << 20)).step_by(8192) {
+        // SAFETY: the test gave the machine this much memory.
+        unsafe { (page as *mut u64).write_volatile(page ^ SCATTERED) };
+    }
+    Ok(())
+}
+
+/// `scattered,AT,MIB,SEED`: fails unless `scatter` has been there, and `seed` between.
+fn scattered(at: u64, mib: u64, seed: u64) -> Outcome {
+    let start = DIRTY + (at << 20);
+    for page in (start..start + (mib << 20)).step_by(4096) {
+        let expected = if page % 8192 == 0 { SCATTERED } else { seed };
+        // SAFETY: as above.
+        if unsafe { (page as *const u64).read_volatile() } != page ^ expected {
+            say!("page {page:#x} does not have seed {expected}");
+            return Err("pages differ");
+        }
     }
     Ok(())
 }

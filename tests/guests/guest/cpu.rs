@@ -32,6 +32,34 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     registers
 }
 
+/// Fills all vector registers, says `!`, waits for a byte on the serial line, which it leaves there, and fails unless the
+/// registers are as they were.
+pub fn keep_vectors() -> Result<(), &'static str> {
+    let before: [[u64; 2]; 16] = core::array::from_fn(|n| [0x0123_4567_89ab_cdef ^ n as u64, !(n as u64)]);
+    let mut after = [[0u64; 2]; 16];
+    // SAFETY: as in `call`; the buffers are ours, of 16 registers of 16 bytes each.
+    unsafe {
+        asm!(
+            "movups xmm0, [r12]", "movups xmm1, [r12+16]", "movups xmm2, [r12+32]", "movups xmm3, [r12+48]",
+            "movups xmm4, [r12+64]", "movups xmm5, [r12+80]", "movups xmm6, [r12+96]", "movups xmm7, [r12+112]",
+            "movups xmm8, [r12+128]", "movups xmm9, [r12+144]", "movups xmm10, [r12+160]", "movups xmm11, [r12+176]",
+            "movups xmm12, [r12+192]", "movups xmm13, [r12+208]", "movups xmm14, [r12+224]", "movups xmm15, [r12+240]",
+            "mov eax, 0", "mov edi, 0x3f8", "mov esi, 33", "ud2",
+            "2:", "mov eax, 1", "mov edi, 0x3fd", "ud2", "test al, 1", "jz 2b",
+            "movups [r13], xmm0", "movups [r13+16], xmm1", "movups [r13+32], xmm2", "movups [r13+48], xmm3",
+            "movups [r13+64], xmm4", "movups [r13+80], xmm5", "movups [r13+96], xmm6", "movups [r13+112], xmm7",
+            "movups [r13+128], xmm8", "movups [r13+144], xmm9", "movups [r13+160], xmm10", "movups [r13+176], xmm11",
+            "movups [r13+192], xmm12", "movups [r13+208], xmm13", "movups [r13+224], xmm14", "movups [r13+240], xmm15",
+            in("r12") before.as_ptr(), in("r13") after.as_mut_ptr(),
+            out("rax") _, out("rdi") _, out("rsi") _, out("rdx") _, out("rcx") _, out("r8") _, out("r9") _,
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+            out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+        );
+    }
+    if before == after { Ok(()) } else { Err("vector registers have changed") }
+}
+
 /// Interrupts off, halted for ever.
 pub fn hang() -> ! {
     call(5, 0, 0, 0);

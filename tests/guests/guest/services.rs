@@ -159,6 +159,11 @@ impl Services {
     }
 
     fn step(&mut self) {
+        if let Some(number) = self.vsock.event() {
+            say!("vsock event {number}");
+            // TRANSPORT_RESET, the only one there is: no connection is any more.
+            self.connections = [FREE; CONNECTIONS];
+        }
         // The payload buffer is free between sends, so a packet may land in it.
         if let Some(header) = self.vsock.receive(self.payload) {
             self.packet(&header);

@@ -1,6 +1,7 @@
 //! Calls of programs: input, output, deadline, and no child that outlives its case.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -52,6 +53,14 @@ impl Call {
     pub fn in_pipeline(self, before: &str, after: &str) -> Self {
         let line = format!("{before}{}{after}", self.line());
         self.through("sh", &["-c", &line])
+    }
+
+    /// The same call in a network namespace, with a directory of its own at `at`, which others do not see.
+    #[must_use]
+    pub fn in_namespace(self, namespace: &Path, directory: &Path, at: &Path) -> Self {
+        let line = format!("mount --bind {} {} && exec {}", directory.display(), at.display(), self.line());
+        let namespace = format!("--net={}", namespace.display());
+        self.through("nsenter", &[&namespace, "--", "unshare", "--mount", "sh", "-c", &line])
     }
 
     /// The call as a shell reads it.

@@ -1,5 +1,5 @@
 //! A private Docker engine on the ground, over one of the containerd instances, and `docker` with
-//! deadlines. It makes no networks: containers have loopback only.
+//! deadlines. Its networks are those of a fresh installation.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -45,7 +45,6 @@ impl Docker {
                 "--config-file",
                 &path("daemon.json"),
             ])
-            .args(["--bridge=none", "--iptables=false", "--ip6tables=false", "--userland-proxy=false"])
             .args(["--storage-driver", "overlay2"])
             .env("PATH", containerd.path())
             .stdin(Stdio::null())

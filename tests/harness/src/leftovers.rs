@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use crate::network::stock;
 use crate::wait;
 
 /// containerd and shims tidy up after they have answered; this is what they may take.
@@ -41,6 +42,7 @@ impl Inventory {
                 found.add(format!("loop device {} of {}", device.file_name().to_string_lossy(), file.trim()));
             }
         }
+        stock::everywhere()?.into_iter().for_each(|line| found.add(line));
         for directory in WATCHED.iter().map(Path::new).chain(more.iter().map(PathBuf::as_path)) {
             files(directory, &mut found);
         }

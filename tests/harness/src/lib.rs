@@ -9,7 +9,7 @@
 //!   Debian packages, packs the binaries under test, starts the ground, streams output back.
 //! * [`inside`] runs on the ground: PID 1 of the outer machine, installation of the binaries,
 //!   the job, collection of logs.
-//! * [`image`], [`containerd`], [`docker`], [`leftovers`], [`processes`] and [`wait`] serve the programs that run on the
+//! * [`image`], [`containerd`], [`docker`], [`network`], [`leftovers`], [`processes`] and [`wait`] serve the programs that run on the
 //!   ground (`tests/e2e`, `tests/bench`, the demo): images made without a registry, private
 //!   containerd instances, lists of everything a run could leave behind, deadlines.
 //!
@@ -27,6 +27,7 @@ pub mod image;
 pub mod inside;
 pub mod job;
 pub mod leftovers;
+pub mod network;
 pub mod processes;
 pub mod shard;
 pub mod wait;

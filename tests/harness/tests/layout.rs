@@ -113,7 +113,7 @@ fn inside_the_vmm_layers_keep_to_themselves() {
     for queue in ["virtio_queue", "devices::virtio::queue"] {
         none(&users("vmm/src/backend", queue, |_| false), "backends never see virtqueues");
     }
-    for device in ["balloon", "blk", "fs", "rng", "vsock"] {
+    for device in ["balloon", "blk", "fs", "net", "rng", "vsock"] {
         let named = format!("devices::virtio::{device}::");
         let found = users("vmm/src", &named, |path| path.starts_with("vm/") || path.starts_with("devices/"));
         none(&found, "only the builder names concrete devices");

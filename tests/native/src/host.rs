@@ -26,15 +26,16 @@ pub fn kvm() -> File {
     File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm opened a moment ago")
 }
 
-/// The `spore-vmm` binary of the same build: `target/TRIPLE/release/deps/test` stands one
-/// folder below it.
+/// The `spore-vmm` binary of the same build: beside a program, and one folder above a test, which is
+/// `target/TRIPLE/release/deps/test`.
 ///
 /// # Panics
 /// When it has not been built.
 #[must_use]
 pub fn vmm_binary() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
-    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests stand in PROFILE/deps");
+    let folder = test.parent().expect("a program stands in a folder");
+    let profile = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let binary = profile.join("spore-vmm");
     assert!(
         binary.is_file(),

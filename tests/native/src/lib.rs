@@ -13,6 +13,8 @@ pub mod control;
 pub mod host;
 pub mod process;
 mod setup;
+mod snapshot;
+pub mod tap;
 mod vm;
 pub mod vsock;
 
@@ -20,6 +22,7 @@ use std::time::Duration;
 
 pub use console::Console;
 pub use setup::{Setup, disk_file, file_with};
+pub use snapshot::{Pending, Restore, Saved, empty_file};
 pub use vm::Vm;
 
 /// How long a test waits for anything. Generous: the machine may be busy, and a passing

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use spore_vmm::api::{
-    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, PROTOCOL_VERSION, VmConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, MAX_NETWORK_SLOTS, PROTOCOL_VERSION, VmConfig, VsockConfig,
 };
 
 use crate::{Vm, host};
@@ -173,12 +173,14 @@ impl Setup {
             }),
             disk_slots: DiskSlots::default(),
             filesystem: None,
+            network_slots: MAX_NETWORK_SLOTS,
             disks: self
                 .disks
                 .iter()
                 .map(|(file, read_only)| DiskConfig {
                     file: attach(again(file.as_fd())),
                     read_only: *read_only,
+                    below: Vec::new(),
                 })
                 .collect(),
         };

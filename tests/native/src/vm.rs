@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use spore_vmm::api::{
-    AttachedDisk, Call, DiskConfig, EndReason, Event, Failure, FdIndex, Message, Metrics, Reply, Request,
-    VmState,
+    AttachedDisk, Call, DiskConfig, EndReason, Event, Failure, FdIndex, Message, Metrics, NetworkConfig,
+    RateLimit, Reply, Request, VmState,
 };
 use tempfile::TempDir;
 
@@ -32,6 +32,8 @@ pub struct Vm {
     /// Serial input of a guest that runs the `shell` command.
     shell: Option<PipeWriter>,
     commands: usize,
+    /// Prompts of the shell that came before this console did.
+    missed: usize,
 }
 
 impl Vm {
@@ -70,7 +72,19 @@ impl Vm {
             events: VecDeque::new(),
             shell: None,
             commands: 0,
+            missed: 0,
         }
+    }
+
+    /// For a restored guest whose shell stands at its prompt: a console of its own.
+    pub(crate) fn at_prompt(&mut self, console: Console, shell: PipeWriter) {
+        (self.console, self.shell, self.missed) = (Some(console), Some(shell), 1);
+    }
+
+    /// Writes to the guest's serial input as it is.
+    pub fn type_in(&mut self, text: &str) {
+        let shell = self.shell.as_mut().expect("the guest has an input");
+        shell.write_all(text.as_bytes()).expect("the VMM reads its input");
     }
 
     fn control(&self) -> &Control {
@@ -169,7 +183,9 @@ impl Vm {
 
     /// The first half of [`Self::run`].
     pub fn begin(&mut self, command: &str) {
-        self.nth_line("ready", self.commands);
+        if self.commands >= self.missed {
+            self.nth_line("ready", self.commands - self.missed);
+        }
         let shell = self.shell.as_mut().expect("the guest runs `shell`");
         shell.write_all(format!("{command}\n").as_bytes()).expect("the VMM reads its input");
     }
@@ -177,9 +193,17 @@ impl Vm {
     /// The second half of [`Self::run`].
     pub fn finish(&mut self) -> String {
         self.commands += 1;
-        self.nth_line("ready", self.commands);
+        let nth = self.commands - self.missed;
+        self.nth_line("ready", nth);
         let text = self.console.as_ref().expect("the console is a pipe").text();
-        text.split("ready\n").nth(self.commands).unwrap_or_default().to_owned()
+        text.split("ready\n").nth(nth).unwrap_or_default().to_owned()
+    }
+
+    /// As [`Self::finish`], of a restored guest whose command was begun in its source.
+    pub fn finish_first(&mut self) -> String {
+        self.nth_line("ready", 0);
+        (self.missed, self.commands) = (0, 0);
+        self.console.as_ref().expect("the console is a pipe").text()
     }
 
     pub fn boot(&mut self) {
@@ -202,11 +226,18 @@ impl Vm {
 
     /// Attaches a disk and returns its serial.
     pub fn attach(&mut self, file: &File, read_only: bool) -> Result<String, Failure> {
-        let call = Call::AttachDisk(DiskConfig { file: FdIndex(0), read_only });
+        let call = Call::AttachDisk(DiskConfig { file: FdIndex(0), read_only, below: Vec::new() });
         match self.call_with(call, &[file.as_fd()])? {
             Reply::Attached(AttachedDisk { serial }) => Ok(serial),
             other => panic!("AttachDisk: {other:?}"),
         }
+    }
+
+    /// Gives a network slot its tap, without limits.
+    pub fn attach_network(&mut self, slot: u8, tap: &OwnedFd) -> Result<Reply, Failure> {
+        let (to_guest, from_guest) = (RateLimit::default(), RateLimit::default());
+        let call = Call::AttachNetwork(NetworkConfig { slot, tap: FdIndex(0), to_guest, from_guest });
+        self.call_with(call, &[tap.as_fd()])
     }
 
     /// Waits for a console line that starts with `start`, and returns it.
@@ -234,7 +265,10 @@ impl Vm {
                     self.closed();
                     return reason;
                 }
-                (Event::GuestConnection { .. }, _) => {}
+                (
+                    Event::GuestConnection { .. } | Event::DisksSettled { .. } | Event::DiskMerged { .. },
+                    _,
+                ) => {}
             }
         }
     }

@@ -28,7 +28,8 @@ fn the_state_follows_the_calls() {
     let mut vm = spore_native::Vm::spawn();
     assert_eq!(vm.state(), VmState::Empty);
     let configured = vm.configure(Setup::new("spin")).unwrap();
-    let Reply::Configured { disk_slots: DiskSlots { read_only: 12, writable: 12 }, disks } = configured
+    let Reply::Configured { disk_slots: DiskSlots { read_only: 12, writable: 12 }, network_slots: 4, disks } =
+        configured
     else {
         panic!("Configure: {configured:?}");
     };

@@ -30,12 +30,12 @@ fn iovecs(slices: &[VolatileSlice<'_>], mut skip: usize) -> Vec<libc::iovec> {
     list
 }
 
-fn count_of(result: isize) -> io::Result<usize> {
+pub(super) fn count_of(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 /// Repeats `call` over interruptions.
-fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

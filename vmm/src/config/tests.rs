@@ -15,6 +15,7 @@ fn config() -> VmConfig {
         vsock: None,
         disk_slots: DiskSlots::default(),
         filesystem: None,
+        network_slots: 1,
         disks: Vec::new(),
     }
 }
@@ -49,7 +50,7 @@ fn a_good_configuration_passes() {
     let mut config = config();
     config.initrd = Some(FdIndex(2));
     config.console = Some(ConsoleConfig { output: FdIndex(3), input: Some(FdIndex(4)), cap_bytes: 9 });
-    config.disks = vec![DiskConfig { file: FdIndex(5), read_only: true }];
+    config.disks = vec![DiskConfig { file: FdIndex(5), read_only: true, below: Vec::new() }];
     config.vsock = Some(VsockConfig { guest_cid: 3, listener: FdIndex(6), host_ports: vec![1, 2] });
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
@@ -85,7 +86,9 @@ fn descriptors_of_the_wrong_kind_or_mode_are_refused() {
     assert!(matches!(MachineConfig::new(config(), fds), Err(ConfigError::Kind { .. })), "a piped kernel");
     let fds = FdTable::new(vec![file(), file()]);
     assert!(matches!(MachineConfig::new(config(), fds), Err(ConfigError::Kind { .. })), "a file as /dev/kvm");
-    let disk = |read_only| move |c: &mut VmConfig| c.disks = vec![DiskConfig { file: FdIndex(2), read_only }];
+    let disk = |read_only| {
+        move |c: &mut VmConfig| c.disks = vec![DiskConfig { file: FdIndex(2), read_only, below: Vec::new() }]
+    };
     let path = tempfile::NamedTempFile::new().unwrap();
     let read_only_file = || open(path.path().to_str().unwrap(), false);
     assert!(matches!(refuse(disk(false), vec![read_only_file()]), ConfigError::Mode { .. }));
@@ -122,7 +125,7 @@ fn vsock_ids_and_ports_are_checked() {
 
 #[test]
 fn more_disks_than_slots_are_refused() {
-    let disks = vec![DiskConfig { file: FdIndex(2), read_only: true }; 3];
+    let disks = vec![DiskConfig { file: FdIndex(2), read_only: true, below: Vec::new() }; 3];
     let few = |c: &mut VmConfig| (c.disks, c.disk_slots) = (disks, DiskSlots { read_only: 2, writable: 12 });
     assert!(matches!(refuse(few, vec![]), ConfigError::Disks { kind: "read-only", found: 3, max: 2 }));
 }
@@ -131,6 +134,8 @@ fn more_disks_than_slots_are_refused() {
 fn more_slots_than_the_machine_has_are_refused() {
     let many = |c: &mut VmConfig| c.disk_slots.writable = MAX_DISK_SLOTS + 1;
     assert!(matches!(refuse(many, vec![]), ConfigError::Range { what: "disk_slots.writable", max: 12, .. }));
+    let many = |c: &mut VmConfig| c.network_slots = MAX_NETWORK_SLOTS + 1;
+    assert!(matches!(refuse(many, vec![]), ConfigError::Range { what: "network_slots", max: 4, .. }));
 }
 
 #[test]
@@ -139,11 +144,35 @@ fn a_writable_disk_may_not_be_open_for_appending() {
     let open = || File::options().read(true).append(true).open(file.path()).unwrap().into();
     let with = |read_only| {
         move |config: &mut VmConfig| {
-            config.disks = vec![DiskConfig { file: FdIndex(2), read_only }];
+            config.disks = vec![DiskConfig { file: FdIndex(2), read_only, below: Vec::new() }];
         }
     };
     assert!(matches!(refuse(with(false), vec![open()]), ConfigError::Append { .. }));
     let mut config = config();
     with(true)(&mut config);
     check(config, vec![open()]).unwrap();
+}
+
+#[test]
+fn a_tap_is_a_character_device_open_both_ways() {
+    let config = NetworkConfig {
+        slot: 0,
+        tap: FdIndex(0),
+        to_guest: RateLimit::default(),
+        from_guest: RateLimit::default(),
+    };
+    let attach = |fds| attached_network(&config, FdTable::new(fds));
+    assert!(matches!(attach(vec![file()]), Err(ConfigError::Kind { .. })));
+    assert!(matches!(attach(vec![open("/dev/null", false)]), Err(ConfigError::Mode { .. })));
+    assert!(matches!(attach(vec![kvm(), kvm()]), Err(ConfigError::Fd(FdError::Unused { .. }))));
+    assert!(matches!(attach(vec![]), Err(ConfigError::Fd(FdError::Missing { .. }))));
+    attach(vec![kvm()]).unwrap();
+}
+
+#[test]
+fn a_configuration_from_before_networks_has_all_slots() {
+    let text = r#"{"protocol":1,"vcpus":1,"memory_mib":64,"kvm":0,"kernel":1,"initrd":null,"cmdline":"",
+        "console":null,"vsock":null}"#;
+    let config: VmConfig = serde_json::from_str(text).unwrap();
+    assert_eq!(config.network_slots, MAX_NETWORK_SLOTS);
 }

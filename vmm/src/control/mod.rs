@@ -2,9 +2,10 @@
 //!
 //! [`socket`] moves packets; [`fds`] makes sure that every descriptor which arrived is used
 //! once or closed; [`Channel`] speaks the types of [`crate::api`]; [`server`] is the event loop
-//! that obeys them.
+//! that obeys them, [`disk_work`] what it leaves to other threads.
 
 pub mod client;
+mod disk_work;
 mod fds;
 pub mod server;
 pub mod socket;

@@ -6,6 +6,7 @@
 //! in its descriptor until the VM goes on.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,13 +18,22 @@ use event_manager::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::disk_work::DiskWork;
 use super::socket::SocketError;
 use super::{Channel, FdTable, Incoming};
-use crate::api::{Call, EndReason, Event, Failure, FailureCode, Reply, Request, VmConfig, VmState};
-use crate::config::{ConfigError, MachineConfig, attached_disk, server_sockets};
+use crate::api::{
+    Call, EndReason, Event, Failure, FailureCode, MAX_SNAPSHOT_WRITERS, Reply, Request, RestoreConfig,
+    SnapshotConfig, SnapshotMetrics, SnapshotTimes, VmConfig, VmState,
+};
+use crate::arch::RestoreStateError;
+use crate::config::{
+    ConfigError, MachineConfig, RestoredMachine, attached_disk, attached_network, merged_file,
+    server_sockets, snapshot_target,
+};
 use crate::end::EndLatch;
+use crate::fork::{Children, Ended};
 use crate::vm::builder::{BuildError, OnConnection, Subscriber};
-use crate::vm::{self, Built, StateError, Vm};
+use crate::vm::{self, Built, RestoredVm, StateError, Taken, Vm};
 use crate::{clock, log, vcpu};
 
 /// How long the last message may wait for the peer to take it.
@@ -60,6 +70,8 @@ pub enum Outcome {
 struct Woken {
     request: Cell<bool>,
     deadline: Cell<bool>,
+    child: Cell<bool>,
+    disks: Cell<bool>,
 }
 
 /// Notes which of the loop's own descriptors are ready.
@@ -68,12 +80,14 @@ struct Wakeups {
     channel: RawFd,
     end: RawFd,
     deadline: RawFd,
+    children: RawFd,
+    disks: RawFd,
     woken: Rc<Woken>,
 }
 
 impl MutEventSubscriber for Wakeups {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for fd in [self.channel, self.end, self.deadline] {
+        for fd in [self.channel, self.end, self.deadline, self.children, self.disks] {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 log::error("control", format_args!("watching descriptor {fd}: {error}"));
             }
@@ -85,6 +99,10 @@ impl MutEventSubscriber for Wakeups {
             self.woken.request.set(true);
         } else if events.fd() == self.deadline {
             self.woken.deadline.set(true);
+        } else if events.fd() == self.children {
+            self.woken.child.set(true);
+        } else if events.fd() == self.disks {
+            self.woken.disks.set(true);
         }
     }
 }
@@ -109,10 +127,14 @@ struct Server {
     woken: Rc<Woken>,
     channel: Channel,
     end: Arc<EndLatch>,
+    disk_work: DiskWork,
     deadline: TimerFd,
     /// When the timer fires.
     deadline_at: Option<Instant>,
     vm: Option<Vm>,
+    /// Those that write snapshots. They outlive this process if they have to.
+    children: Children,
+    snapshots: SnapshotMetrics,
     process_start_ns: u64,
     configured_ns: u64,
 }
@@ -123,12 +145,16 @@ impl Server {
         let end = Arc::new(EndLatch::new().map_err(source("the end's descriptor"))?);
         let deadline =
             TimerFd::new().map_err(|error| source("the deadline's timer")(std::io::Error::from(error)))?;
+        let children = Children::new().map_err(source("the children's descriptor"))?;
+        let disk_work = DiskWork::new().map_err(source("the descriptor of work for disks"))?;
         let woken = Rc::new(Woken::default());
         let mut manager: EventManager<Subscriber> = EventManager::new()?;
         let own = Wakeups {
             channel: channel.as_raw_fd(),
             end: end.as_raw_fd(),
             deadline: deadline.as_raw_fd(),
+            children: children.as_raw_fd(),
+            disks: disk_work.as_raw_fd(),
             woken: Rc::clone(&woken),
         };
         let wakeups = manager.add_subscriber(Box::new(own.clone()));
@@ -144,9 +170,12 @@ impl Server {
             woken,
             channel,
             end,
+            disk_work,
             deadline,
             deadline_at: None,
             vm: None,
+            children,
+            snapshots: SnapshotMetrics::default(),
             process_start_ns,
             configured_ns: 0,
         })
@@ -161,6 +190,12 @@ impl Server {
             }
             if self.woken.deadline.take() && self.deadline_passed() {
                 self.force_end();
+            }
+            if self.woken.child.take() {
+                self.reap();
+            }
+            if self.woken.disks.take() {
+                self.tell_finished(Duration::ZERO)?;
             }
             if self.woken.request.take() && !self.serve_one()? {
                 return Ok(self.peer_hung_up());
@@ -200,9 +235,21 @@ impl Server {
                 let disk = attached_disk(&disk, fds)?;
                 Ok(Reply::Attached(self.vm("attach")?.attach(disk)?))
             }
+            Call::MergeDisk { serial, first, last, file } => {
+                let file = merged_file(file, fds)?;
+                self.merge_disk(serial, first, last, file)?;
+                Ok(Reply::Done)
+            }
             Call::AttachFilesystem { sockets } => {
                 let sockets = server_sockets(&sockets, fds)?;
                 self.vm("attach")?.attach_filesystem(sockets)?;
+                Ok(Reply::Done)
+            }
+            Call::Restore(config) => self.restore(config, fds),
+            Call::Snapshot(config) => self.snapshot(config, fds),
+            Call::AttachNetwork(network) => {
+                let network = attached_network(&network, fds)?;
+                self.vm("attach")?.attach_network(network)?;
                 Ok(Reply::Done)
             }
             other => {
@@ -221,6 +268,7 @@ impl Server {
                 let shutting_down = self.deadline_at.is_some();
                 self.vm("resume")?.resume(shutting_down)?;
             }
+            Call::DetachNetwork { slot } => self.vm("detach")?.detach_network(slot)?,
             Call::SetBalloon { target_mib } => self.vm("balloon")?.set_balloon(target_mib)?,
             Call::Shutdown { deadline_ms } => self.shutdown(Duration::from_millis(deadline_ms))?,
             Call::State => {
@@ -230,10 +278,18 @@ impl Server {
                 let mut metrics = self.vm("metrics")?.metrics();
                 metrics.boot.process_start_ns = self.process_start_ns;
                 metrics.boot.configured_ns = self.configured_ns;
+                metrics.snapshots =
+                    SnapshotMetrics { writing: self.children.len() as u64, ..self.snapshots.clone() };
                 return Ok(Reply::Metrics(metrics));
             }
             // Served above.
-            Call::Configure(_) | Call::AttachDisk(_) | Call::AttachFilesystem { .. } => {}
+            Call::Configure(_)
+            | Call::Restore(_)
+            | Call::Snapshot(_)
+            | Call::AttachDisk(_)
+            | Call::MergeDisk { .. }
+            | Call::AttachFilesystem { .. }
+            | Call::AttachNetwork(_) => {}
         }
         Ok(Reply::Done)
     }
@@ -261,6 +317,27 @@ impl Server {
         }
     }
 
+    fn merge_disk(&mut self, serial: String, first: u32, last: u32, file: File) -> Result<(), Failure> {
+        let numbers = (first as usize)..=(last as usize);
+        let merging = self.vm("merge layers")?.merge_disk(&serial, numbers, file)?;
+        self.disk_work.merge(serial, merging)
+    }
+
+    /// Tells the peer what was done for disks; waits so long for it.
+    fn tell_finished(&mut self, patience: Duration) -> Result<(), SocketError> {
+        let events = self.disk_work.finished(patience);
+        events.into_iter().try_for_each(|event| self.channel.event(event, None))
+    }
+
+    /// Waits for the snapshots whose disks are being settled: what is closed is settled, so it is not long.
+    fn tell_settled(&mut self) -> Result<(), SocketError> {
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.disk_work.is_settling() && Instant::now() < deadline {
+            self.tell_finished(deadline.saturating_duration_since(Instant::now()))?;
+        }
+        Ok(())
+    }
+
     fn vm(&mut self, call: &'static str) -> Result<&mut Vm, Failure> {
         self.vm.as_mut().ok_or_else(|| Failure {
             code: FailureCode::WrongState,
@@ -268,22 +345,88 @@ impl Server {
         })
     }
 
-    fn configure(&mut self, config: VmConfig, fds: FdTable) -> Result<Reply, Failure> {
-        if let Some(vm) = &self.vm {
-            let message =
-                format!("configure: this process has a VM already ({:?}); start another", vm.state());
-            return Err(Failure { code: FailureCode::WrongState, message });
-        }
-        let disk_slots = config.disk_slots;
-        let machine = MachineConfig::new(config, fds)?;
-        let Built { vm, disks, subscribers } =
-            vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
+    fn require_no_vm(&self, call: &str) -> Result<(), Failure> {
+        let Some(vm) = &self.vm else { return Ok(()) };
+        let message = format!("{call}: this process has a VM already ({:?}); start another", vm.state());
+        Err(Failure { code: FailureCode::WrongState, message })
+    }
+
+    fn restore(&mut self, config: RestoreConfig, fds: FdTable) -> Result<Reply, Failure> {
+        self.require_no_vm("restore")?;
+        let machine = RestoredMachine::new(config, fds)?;
+        let RestoredVm { vm, shape, saved_at_ns, subscribers } =
+            vm::restore(machine, Arc::clone(&self.end), self.on_connection())?;
+        self.take_on(vm, subscribers);
+        let (disk_slots, network_slots) = (shape.disk_slots, shape.network_slots);
+        Ok(Reply::Restored { disk_slots, network_slots, saved_at_ns })
+    }
+
+    fn take_on(&mut self, vm: Vm, subscribers: Vec<Subscriber>) {
         for subscriber in subscribers {
             self.devices.push(self.manager.add_subscriber(subscriber));
         }
         self.vm = Some(vm);
         self.configured_ns = clock::monotonic_ns();
-        Ok(Reply::Configured { disk_slots, disks })
+    }
+
+    /// Saves the VM and lets a child write it; a running VM is paused for as long as that takes.
+    fn snapshot(&mut self, config: SnapshotConfig, fds: FdTable) -> Result<Reply, Failure> {
+        let layer_id = config.layer_id.clone();
+        let (target, disks) = snapshot_target(config, fds)?;
+        if self.children.len() >= MAX_SNAPSHOT_WRITERS {
+            let message =
+                format!("snapshot: {MAX_SNAPSHOT_WRITERS} are being written already; wait for a report");
+            return Err(Failure { code: FailureCode::Exhausted, message });
+        }
+        let vm = self.vm("snapshot")?;
+        vm.stage_disks(disks)?;
+        let was_paused = vm.is_paused();
+        let begun = Instant::now();
+        if !was_paused && let Err(failure) = self.pause() {
+            self.vm("snapshot")?.unstage_disks();
+            return Err(failure);
+        }
+        let quiesce_ns = nanoseconds(begun);
+        let vm = self.vm("snapshot")?;
+        let taken = vm.snapshot(&target).inspect_err(|_| vm.unstage_disks());
+        let shutting_down = self.deadline_at.is_some();
+        let resumed = if was_paused { Ok(()) } else { self.vm("snapshot")?.resume(shutting_down) };
+        let pause_ns = nanoseconds(begun);
+        let Taken { child, times, disks } = taken?;
+        self.snapshots.taken += 1;
+        self.snapshots.last = SnapshotTimes { pause_ns, quiesce_ns, ..times };
+        if !disks.is_empty() {
+            let layers = self.vm.as_ref().map(Vm::unsettled_disks).unwrap_or_default();
+            self.disk_work.settle(layer_id, layers);
+        }
+        if let Err(error) = self.children.add(child) {
+            log::warn("snapshot", format_args!("watching the writer: {error}"));
+        }
+        resumed?;
+        Ok(Reply::Snapshotted { times: self.snapshots.last.clone(), disks })
+    }
+
+    /// Notes which children have ended. What became of their snapshots they have reported, or not.
+    fn reap(&mut self) {
+        for (pid, ended) in self.children.reap() {
+            if ended != Ended::Status(0) {
+                self.snapshots.failed += 1;
+                log::error(
+                    "snapshot",
+                    format_args!("the writer {pid} has failed ({ended:?}); the VM goes on"),
+                );
+            }
+        }
+    }
+
+    fn configure(&mut self, config: VmConfig, fds: FdTable) -> Result<Reply, Failure> {
+        self.require_no_vm("configure")?;
+        let (disk_slots, network_slots) = (config.disk_slots, config.network_slots);
+        let machine = MachineConfig::new(config, fds)?;
+        let Built { vm, disks, subscribers } =
+            vm::build(machine, Arc::clone(&self.end), self.on_connection())?;
+        self.take_on(vm, subscribers);
+        Ok(Reply::Configured { disk_slots, network_slots, disks })
     }
 
     /// Hands connections of the guest to the peer.
@@ -342,7 +485,12 @@ impl Server {
 
     fn peer_hung_up(&mut self) -> Outcome {
         log::info("control", format_args!("the peer hung up; the VM ends with it"));
-        self.vm = None;
+        if let Some(mut vm) = self.vm.take() {
+            // One that does not stop ends the process when it is dropped.
+            if vm.stop().is_ok() {
+                vm.close_disks();
+            }
+        }
         Outcome::PeerHungUp
     }
 
@@ -350,6 +498,7 @@ impl Server {
     fn finish(&mut self, reason: EndReason) -> Result<Outcome, ServeError> {
         log::info("vm", format_args!("the guest ended: {reason:?}"));
         self.wind_down()?;
+        self.tell_settled()?;
         // What the peer asked meanwhile is answered first; unread, it would make the peer's next
         // read fail instead of giving it this message.
         while let Ok(Incoming::Request(Request { id, .. }, _)) = self.channel.receive() {
@@ -375,6 +524,7 @@ impl Server {
         if !vm.is_paused() {
             self.deliver_rest(&vm)?;
         }
+        vm.close_disks();
         for device in self.devices.drain(..) {
             self.manager.remove_subscriber(device)?;
         }
@@ -432,6 +582,10 @@ impl Channel {
     }
 }
 
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Self { code: FailureCode::InvalidArgument, message: error.to_string() }
@@ -443,14 +597,19 @@ impl From<StateError> for Failure {
         let code = match &error {
             // The guest can end between two rounds of the loop; the peer hears why next.
             StateError::WrongState { state: VmState::Ended, .. } => FailureCode::Ended,
-            StateError::WrongState { .. } => FailureCode::WrongState,
+            StateError::WrongState { .. } | StateError::NotStaged { .. } => FailureCode::WrongState,
             StateError::Exhausted { .. } => FailureCode::Exhausted,
-            StateError::Attach(_) | StateError::NoFilesystem | StateError::Balloon { .. } => {
-                FailureCode::InvalidArgument
-            }
-            StateError::Button(_) | StateError::Vcpu(_) | StateError::InFlight { .. } => {
-                FailureCode::HostUnfit
-            }
+            StateError::Attach(_)
+            | StateError::NoFilesystem
+            | StateError::NoDisk { .. }
+            | StateError::NoNetworkSlot { .. }
+            | StateError::Balloon { .. } => FailureCode::InvalidArgument,
+            StateError::Button(_)
+            | StateError::Vcpu(_)
+            | StateError::Platform(_)
+            | StateError::Part(_)
+            | StateError::Fork(_)
+            | StateError::InFlight { .. } => FailureCode::HostUnfit,
         };
         Self { code, message: error.to_string() }
     }
@@ -462,6 +621,14 @@ impl From<BuildError> for Failure {
         match error {
             BuildError::Image(_) => Self { code: FailureCode::BadImage, message },
             BuildError::Disk(cause) => cause.into(),
+            BuildError::RestoreState(
+                RestoreStateError::Processor { .. }
+                | RestoreStateError::Msr { .. }
+                | RestoreStateError::Tsc { .. },
+            ) => Self { code: FailureCode::HostUnfit, message },
+            BuildError::StateFile(_) | BuildError::Restore(_) | BuildError::RestoreState(_) => {
+                Self { code: FailureCode::BadSnapshot, message }
+            }
             _ => Self { code: FailureCode::HostUnfit, message },
         }
     }

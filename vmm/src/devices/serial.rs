@@ -16,12 +16,14 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::PioDevice;
 use crate::log;
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 /// How long an output may hold a vCPU up.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -154,6 +156,25 @@ impl Write for CappedOutput {
     }
 }
 
+/// Newest version of the saved state.
+const VERSION: u32 = 1;
+const PART: &str = "serial";
+
+/// The 16550's registers, and what the guest has not read of its input.
+#[derive(Debug, Serialize, Deserialize)]
+struct SerialStateV1 {
+    divisor_low: u8,
+    divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
 /// The device on the bus.
 #[derive(Debug)]
 pub struct SerialPort(Serial<Line, Room, CappedOutput>);
@@ -170,6 +191,48 @@ impl SerialPort {
     /// A port with input: `room` is signalled when the guest has taken all of it.
     pub fn with_input(line: EventFd, output: CappedOutput, room: EventFd) -> Self {
         Self(Serial::with_events(Line(line), Room(Some(room)), output))
+    }
+
+    /// A saved port, with `room` if it has input. An interrupt that was pending is raised, so the interrupt controllers have their
+    /// state. Of its output nothing is saved: it went out at once.
+    pub fn restore(
+        state: &PartState,
+        line: EventFd,
+        output: CappedOutput,
+        room: Option<EventFd>,
+    ) -> Result<Self, RestoreError> {
+        let state: SerialStateV1 = state.read(PART, VERSION)?;
+        let state = SerialState {
+            baud_divisor_low: state.divisor_low,
+            baud_divisor_high: state.divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input,
+        };
+        let port = Serial::from_state(&state, Line(line), Room(room), output);
+        port.map(Self).map_err(|error| RestoreError::invalid(PART, format_args!("{error:?}")))
+    }
+
+    pub fn save(&self) -> Result<PartState, SaveError> {
+        let state = self.0.state();
+        let state = SerialStateV1 {
+            divisor_low: state.baud_divisor_low,
+            divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        };
+        PartState::new(PART, VERSION, &state)
     }
 }
 

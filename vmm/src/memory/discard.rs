@@ -65,6 +65,30 @@ impl Discard {
         discard
     }
 
+    /// For RAM of which `files`, ascending and free of overlap, are mappings of files.
+    pub fn with_files(ram: &GuestRam, files: &[Range<u64>]) -> Self {
+        let mut discard = Self::new(ram);
+        discard.anonymous.clear();
+        for run in discard.runs.clone() {
+            let mut at = run.start;
+            for file in files.iter().filter(|file| run.contains(&file.start)) {
+                if at < file.start {
+                    discard.remember(at..file.start);
+                }
+                at = file.end;
+            }
+            if at < run.end {
+                discard.remember(at..run.end);
+            }
+        }
+        discard
+    }
+
+    /// What is anonymous memory, ascending: a page there that nobody has written reads as zero.
+    pub fn anonymous(&self) -> Vec<Range<u64>> {
+        self.anonymous.iter().map(|(&start, &end)| start..end).collect()
+    }
+
     /// Gives the whole pages of `range` that are RAM back to the host, and returns their bytes.
     /// After an error a part of them may have gone; all of them are still mapped.
     pub fn discard(&mut self, range: Range<u64>) -> Result<u64, DiscardError> {

@@ -3,9 +3,13 @@
 //!
 //! `MAP_NORESERVE`: a guest's size is a promise that most guests never call in; what they do
 //! touch is bounded by the VMM's cgroup. The mappings are left out of core dumps, which would
-//! otherwise hold guests' secrets.
+//! otherwise hold guests' secrets. After a restore, parts of them are private mappings of snapshot
+//! layers ([`map_files`]): what the guest writes there is anonymous memory as well, and the file
+//! never changes.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestMemory, GuestMemoryRegion, GuestRegionMmap};
@@ -24,6 +28,10 @@ pub enum MapError {
         "guest memory: mapping {size} bytes at {start:#x}: {source}; give the VM less memory or the host more"
     )]
     Map { start: u64, size: u64, source: MmapRegionError },
+    #[error("guest memory: {bytes:#x} bytes at {start:#x} are not in one run of RAM")]
+    NotRam { start: u64, bytes: u64 },
+    #[error("guest memory: mapping {bytes:#x} bytes at {start:#x} of a snapshot's layer: {source}")]
+    Layer { start: u64, bytes: u64, source: io::Error },
     #[error("guest memory: the layout {layout:?} is not sorted and free of overlap")]
     Layout { layout: RamLayout },
 }
@@ -53,6 +61,49 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
     // SAFETY: the range is exactly the mapping made above.
     unsafe { leave_out_of_core_dumps(region.as_ptr().cast(), length) };
     GuestRegionMmap::new(region, range.start).ok_or(MapError::TooLarge { start, size })
+}
+
+/// Guest memory that begins as a part of a file.
+#[derive(Debug, Clone, Copy)]
+pub struct FileExtent<'a> {
+    /// Guest address, a multiple of the page size, as are the others.
+    pub start: u64,
+    pub bytes: u64,
+    pub file: &'a File,
+    pub offset: u64,
+}
+
+/// As [`map`], with the contents of files in `extents`, which do not overlap. Nothing is read before it is touched. A file
+/// that becomes shorter later costs the process a SIGBUS: layers are never truncated.
+pub fn map_files(layout: &RamLayout, extents: &[FileExtent<'_>]) -> Result<GuestRam, MapError> {
+    let ram = map(layout)?;
+    for extent in extents {
+        map_extent(&ram, extent)?;
+    }
+    for slot in slots(&ram).into_iter().filter(|_| !extents.is_empty()) {
+        let length = usize::try_from(slot.size).unwrap_or(usize::MAX);
+        // SAFETY: the whole of one run's mappings, made above.
+        unsafe { leave_out_of_core_dumps(slot.host_address as *mut libc::c_void, length) };
+    }
+    Ok(ram)
+}
+
+fn map_extent(ram: &GuestRam, extent: &FileExtent<'_>) -> Result<(), MapError> {
+    let FileExtent { start, bytes, file, offset } = *extent;
+    let inside = |slot: &RamSlot| {
+        start >= slot.start.0 && start.checked_add(bytes).is_some_and(|end| end - slot.start.0 <= slot.size)
+    };
+    let (Some(slot), Ok(length)) = (slots(ram).into_iter().find(inside), usize::try_from(bytes)) else {
+        return Err(MapError::NotRam { start, bytes });
+    };
+    let address = (slot.host_address + (start - slot.start.0)) as *mut libc::c_void;
+    let failed = |source| MapError::Layer { start, bytes, source };
+    let offset = libc::off_t::try_from(offset).map_err(|error| failed(io::Error::other(error)))?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the range lies in a mapping that `ram` owns, which nobody uses yet, and stays a private mapping of the same size
+    // that `ram` unmaps by address; the kernel checks alignment.
+    let mapped = unsafe { libc::mmap(address, length, PROTECTION, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED { Err(failed(io::Error::last_os_error())) } else { Ok(()) }
 }
 
 /// # Safety

@@ -133,7 +133,11 @@ fn describe(options: &Options, parcel: &mut Parcel, console_input: &mut Feed) ->
     let initrd = options.initrd.as_deref().map(|path| parcel.open("initramfs", path, false)).transpose()?;
     let mut disks = Vec::new();
     for (path, read_only) in &options.disks {
-        disks.push(DiskConfig { file: parcel.open("disk", path, !read_only)?, read_only: *read_only });
+        disks.push(DiskConfig {
+            file: parcel.open("disk", path, !read_only)?,
+            read_only: *read_only,
+            below: Vec::new(),
+        });
     }
     let console = if options.console {
         let output = io::stdout().as_fd().try_clone_to_owned().map_err(system("the terminal"))?;
@@ -156,6 +160,7 @@ fn describe(options: &Options, parcel: &mut Parcel, console_input: &mut Feed) ->
         vsock,
         disk_slots: slots_for(&disks),
         filesystem: None,
+        network_slots: 0,
         disks,
     })
 }
@@ -225,6 +230,8 @@ fn relay(
                 Event::GuestConnection { port } => {
                     crate::log::info("run", format_args!("the guest connected to port {port}; closed"));
                 }
+                // Nobody asks for it here.
+                Event::DisksSettled { .. } | Event::DiskMerged { .. } => {}
                 Event::Ended(reason) => return Ok(report(&reason)),
             }
         }

@@ -19,6 +19,7 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{Shared, run_loop};
+use crate::arch::{SaveStateError, VcpuState};
 
 /// The signal, relative to SIGRTMIN.
 const KICK: i32 = 1;
@@ -34,6 +35,10 @@ pub enum VcpuError {
     Signal(#[source] vmm_sys_util::errno::Error),
     #[error("vCPU {index}: starting its thread: {source}")]
     Spawn { index: u8, source: io::Error },
+    #[error("vCPU {index}: {source}")]
+    Save { index: u8, source: SaveStateError },
+    #[error("vCPU {index} has ended, so it has no state; the guest's end follows")]
+    Gone { index: u8 },
     #[error("vCPU {index} did not leave the guest within {waited:?}")]
     Stuck { index: u8, waited: Duration },
 }
@@ -82,6 +87,8 @@ pub(super) enum Wanted {
     Park,
     Run,
     Stop,
+    /// Read the vCPU's state, and park again.
+    Save,
 }
 
 /// What it does.
@@ -98,6 +105,8 @@ pub(super) struct Control {
     wanted: AtomicU8,
     doing: Mutex<Doing>,
     changed: Condvar,
+    /// What [`Wanted::Save`] gave.
+    state: Mutex<Option<Result<VcpuState, SaveStateError>>>,
 }
 
 impl Control {
@@ -106,6 +115,7 @@ impl Control {
             wanted: AtomicU8::new(Wanted::Park as u8),
             doing: Mutex::new(Doing::Running),
             changed: Condvar::new(),
+            state: Mutex::new(None),
         }
     }
 
@@ -117,6 +127,7 @@ impl Control {
         match self.wanted.load(Ordering::Acquire) {
             v if v == Wanted::Park as u8 => Wanted::Park,
             v if v == Wanted::Run as u8 => Wanted::Run,
+            v if v == Wanted::Save as u8 => Wanted::Save,
             _ => Wanted::Stop,
         }
     }
@@ -140,6 +151,15 @@ impl Control {
             *doing = Doing::Parked;
             self.changed.notify_all();
             doing = self.changed.wait(doing).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// On the vCPU's thread: hands over what was read, and goes on to park unless something else is wanted by now.
+    pub(super) fn saved(&self, state: Result<VcpuState, SaveStateError>) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+        let _doing = self.doing();
+        if self.wanted() == Wanted::Save {
+            self.wanted.store(Wanted::Park as u8, Ordering::Release);
         }
     }
 
@@ -181,6 +201,19 @@ impl VcpuHandle {
         self.kick();
     }
 
+    /// Asks a parked vCPU for its state; [`Self::saved`] waits for it.
+    pub fn save(&self) {
+        self.control.want(Wanted::Save);
+    }
+
+    /// The state that [`Self::save`] asked for.
+    pub fn saved(&self, deadline: Instant) -> Result<VcpuState, VcpuError> {
+        self.wait(deadline)?;
+        let state = self.control.state.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let state = state.ok_or(VcpuError::Gone { index: self.index })?;
+        state.map_err(|source| VcpuError::Save { index: self.index, source })
+    }
+
     /// Asks for the thread's end; [`Self::wait`] waits for it.
     pub fn stop(&self) {
         self.control.want(Wanted::Stop);
@@ -191,7 +224,11 @@ impl VcpuHandle {
     pub fn wait(&self, deadline: Instant) -> Result<(), VcpuError> {
         let start = Instant::now();
         let mut doing = self.control.doing();
-        while *doing == Doing::Running || *doing == Doing::Parked && self.control.wanted() == Wanted::Stop {
+        let busy = |doing| {
+            let wanted = self.control.wanted();
+            doing == Doing::Running || doing == Doing::Parked && matches!(wanted, Wanted::Stop | Wanted::Save)
+        };
+        while busy(*doing) {
             let now = Instant::now();
             if now >= deadline {
                 return Err(VcpuError::Stuck { index: self.index, waited: now - start });

@@ -13,6 +13,7 @@ pub(crate) use handle::stop_all;
 pub use handle::{VcpuError, VcpuHandle, install_kick};
 
 use crate::api::Exits;
+use crate::arch::SaveList;
 use crate::bus::{MmioBus, PioBus};
 use crate::end::EndLatch;
 
@@ -23,6 +24,8 @@ pub struct Shared {
     pub mmio: Arc<MmioBus>,
     pub end: Arc<EndLatch>,
     pub counters: Arc<ExitCounters>,
+    /// What there is to save of each.
+    pub list: Arc<SaveList>,
 }
 
 /// KVM exits by kind, and the moment of the first entry. Written by all vCPU threads.

@@ -8,7 +8,7 @@ use kvm_ioctls::VcpuFd;
 use super::exit::{Step, step};
 use super::handle::{Control, KickTarget, Wanted};
 use super::{ExitCounters, Shared};
-use crate::{clock, log};
+use crate::{arch, clock, log};
 
 static UNEXCUSED: log::Limited = log::Limited::new();
 
@@ -16,7 +16,15 @@ static UNEXCUSED: log::Limited = log::Limited::new();
 pub(super) fn run(mut vcpu: VcpuFd, index: u8, shared: &Shared, control: &Control) {
     // Declared after `vcpu`, so gone before it: the signal handler never sees a stale pointer.
     let _target = KickTarget::register(&mut vcpu);
-    while control.park() == Wanted::Run {
+    loop {
+        match control.park() {
+            Wanted::Run => {}
+            Wanted::Save => {
+                control.saved(arch::save_vcpu(&vcpu, &shared.list));
+                continue;
+            }
+            Wanted::Park | Wanted::Stop => return,
+        }
         if index == 0 && shared.counters.entered_ns.load(Ordering::Relaxed) == 0 {
             shared.counters.entered_ns.store(clock::monotonic_ns(), Ordering::Relaxed);
         }

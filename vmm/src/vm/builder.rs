@@ -1,40 +1,51 @@
-//! Builds a VM from a validated configuration: memory and images first, because they fail
-//! most often and cost the least to undo, then KVM, devices, firmware tables, vCPUs. The one
-//! module that names concrete devices.
+//! Builds a VM from a validated configuration, or from a snapshot: memory and images first, because they fail
+//! most often and cost the least to undo, then KVM, processors, devices, firmware tables. The one
+//! module that names concrete devices. `handles` is what the VM sees of them.
+
+mod handles;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{DiskSlot, FilesystemSlot, Gauges, StateError, Vm, VmParts, kvm, slots};
-use crate::api::{AttachedDisk, BalloonMetrics, BlkMetrics, DiskSlots, FsMetrics, VsockMetrics};
-use crate::arch::{self, CpuModel, HostError, ImageError, MmioDescription, Platform, SetupError, layout};
+use self::handles::{DeviceGauges, Part};
+use super::{DiskSlot, FilesystemSlot, NetworkSlot, StateError, Vm, VmParts, kvm, slots};
+use crate::api::{AttachedDisk, DiskSlots};
+use crate::arch::{
+    self, CpuModel, HostError, ImageError, MmioDescription, Platform, RestoreStateError, SaveList,
+    SetupError, layout,
+};
 use crate::bus::{BusError, MmioBus, PioBus};
-use crate::config::{Console, MachineConfig};
+use crate::config::{Console, Disk, MachineConfig, RestoredMachine, Vsock as VsockParts};
 use crate::devices::power::{KeyboardReset, PowerControl};
 use crate::devices::serial::{CappedOutput, ConsoleCounters, SerialInput, SerialPort};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
-use crate::devices::virtio::blk::{Blk, BlkHandle};
-use crate::devices::virtio::fs::{Fs, FsHandle};
+use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::subscriber::DeviceSubscriber;
 use crate::devices::virtio::transport::{MmioTransport, TransportError};
-use crate::devices::virtio::vsock::{Vsock, VsockError, VsockHandle};
+use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::end::EndLatch;
-use crate::memory::{self, GuestRam, MapError, RamLayout};
+use crate::memory::{self, Discard, FileExtent, GuestRam, MapError};
+use crate::snapshot::machine::{StateFileError, match_layers};
+use crate::snapshot::writer::Origin;
+use crate::snapshot::{MachineState, PartState, Persist, RestoreError, Shape};
 use crate::vcpu::{ExitCounters, Shared, VcpuError, VcpuHandle};
 
 /// Offset of a virtio-mmio slot's queue-notify register (virtio 1.2, 4.2.2).
 const QUEUE_NOTIFY: u64 = 0x50;
+/// The serial port's name among the parts.
+const SERIAL: &str = "serial";
 
 /// Why a VM could not be built. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +72,12 @@ pub enum BuildError {
     EventFd { what: &'static str, source: io::Error },
     #[error(transparent)]
     Disk(#[from] StateError),
+    #[error(transparent)]
+    StateFile(#[from] StateFileError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    RestoreState(#[from] RestoreStateError),
 }
 
 /// Takes connections of the guest to host ports.
@@ -74,6 +91,16 @@ pub struct Built {
     /// Where the configuration's disks went.
     pub disks: Vec<AttachedDisk>,
     /// To be added to the event loop before it boots.
+    pub subscribers: Vec<Subscriber>,
+}
+
+/// A VM out of a snapshot.
+pub struct RestoredVm {
+    /// Paused.
+    pub vm: Vm,
+    pub shape: Shape,
+    /// When it was saved, wall-clock nanoseconds since 1970.
+    pub saved_at_ns: u64,
     pub subscribers: Vec<Subscriber>,
 }
 
@@ -94,71 +121,242 @@ pub fn build(
         vsock,
         disk_slots,
         filesystem,
+        network_slots,
         disks,
     } = config;
     let kvm = kvm::open(kvm);
     arch::check_host(&kvm, vcpus)?;
-    let ram = memory::map(&RamLayout::around(memory_bytes, layout::HOLE))?;
+    let shape = Shape { vcpus, memory_bytes, disk_slots, filesystem, network_slots, vsock: vsock.is_some() };
+    let ram = memory::map(&shape.layout())?;
     let entry = arch::load_image(&ram, &mut kernel, initrd.as_mut(), &cmdline)?;
     drop((kernel, initrd));
+    let frame = Frame::new(&kvm, &ram)?;
 
-    let fd = kvm.create_vm().map_err(kvm_error("creating a VM"))?;
-    kvm::register_ram(&fd, &ram).map_err(kvm_error("registering guest memory"))?;
-    arch::prepare_vm(&fd)?;
-
-    let mut board = Board {
-        fd: &fd,
-        ram: &ram,
-        mmio: MmioBus::default(),
-        described: Vec::new(),
-        subscribers: Vec::new(),
-        lines: Lines::default(),
-    };
-    let mut pio = PioBus::default();
-    let console = place_serial(&mut board, &mut pio, console)?;
-    let power_button = board.interrupt("the power button", layout::POWER_BUTTON_GSI)?;
-    place_power(&mut pio, &end)?;
-    board.place(slots::RNG, Box::new(Rng::new()))?;
-    let mut vsock_handle = None;
-    if let Some(vsock) = vsock {
-        let device = Vsock::new(vsock.guest_cid, vsock.listener, vsock.host_ports, on_connection)?;
-        vsock_handle = Some(device.handle());
-        board.place(slots::VSOCK, Box::new(device))?;
+    let discard = Discard::new(&ram);
+    let fittings = Fittings { console, vsock, on_connection, disks: Vec::new(), saved: None };
+    let devices = Devices::place(&frame.fd, &ram, &shape, discard, fittings, &end)?;
+    arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &devices.described })?;
+    let model = CpuModel::new(&kvm, vcpus)?;
+    let mut processors = Vec::new();
+    for index in 0..vcpus {
+        let vcpu = frame.processor(index)?;
+        model.apply(&vcpu, index, (index == 0).then_some(&entry), &ram)?;
+        processors.push((vcpu, frame.list.of(model.leaves(index))));
     }
-    let disk_slots = place_disks(&mut board, disk_slots)?;
-    let filesystem = place_filesystem(&mut board, filesystem)?;
-    let balloon = Balloon::new();
-    let balloon_handle = balloon.handle();
-    board.place(slots::BALLOON, Box::new(balloon))?;
-    let Board { mmio, described, subscribers, .. } = board;
+    let (mut vm, subscribers) =
+        assemble(frame, ram, shape, Origin::default(), processors, devices, end, Vm::new)?;
+    let disks = disks.into_iter().map(|disk| vm.attach(disk)).collect::<Result<_, _>>()?;
+    Ok(Built { vm, disks, subscribers })
+}
 
-    arch::write_firmware_tables(&ram, &Platform { vcpus, slots: &described })?;
+/// Builds the VM of a snapshot, which is checked before anything is built of it. Processors get their state before the
+/// interrupt controllers, and those before the devices, which raise again what was pending.
+pub fn restore(
+    config: RestoredMachine,
+    end: Arc<EndLatch>,
+    on_connection: OnConnection,
+) -> Result<RestoredVm, BuildError> {
+    let RestoredMachine { kvm, state, layers, console, vsock, disks } = config;
+    let MachineState { saved_at_ns, shape, platform, vcpus, mut parts, memory, .. } =
+        MachineState::read(&state)?;
+    let kvm = kvm::open(kvm);
+    arch::check_host(&kvm, shape.vcpus)?;
+    let model = CpuModel::new(&kvm, shape.vcpus)?;
+    for (index, saved) in (0..).zip(&vcpus) {
+        model.check(index, saved)?;
+    }
+    match (shape.vsock, vsock.is_some()) {
+        (true, false) => {
+            return Err(
+                RestoreError::invalid("vsock", "the saved VM had one, and no listener is given").into()
+            );
+        }
+        (false, true) => {
+            return Err(
+                RestoreError::invalid("vsock", "the saved VM had none, and a listener is given").into()
+            );
+        }
+        _ => {}
+    }
+    let files = match_layers(&memory, layers)?;
+    let place = |extent: &crate::snapshot::layers::Extent| {
+        // The table was checked against its layers, of which there are as many files.
+        let file = usize::try_from(extent.layer).ok().and_then(|at| files.get(at))?;
+        Some(FileExtent { start: extent.start, bytes: extent.bytes, file, offset: extent.offset })
+    };
+    let mapped: Vec<FileExtent<'_>> = memory.extents.iter().filter_map(place).collect();
+    let ram = memory::map_files(&shape.layout(), &mapped)?;
+    let ranges: Vec<Range<u64>> = memory.extents.iter().map(|extent| extent.start..extent.end()).collect();
+    let origin = Origin { layers: memory.layers, extents: memory.extents };
+    let frame = Frame::new(&kvm, &ram)?;
+
+    let mut processors = Vec::new();
+    for (index, saved) in (0..).zip(&vcpus) {
+        processors.push((frame.processor(index)?, frame.list.of(saved.leaves.clone())));
+    }
+    for ((index, (vcpu, list)), saved) in (0..).zip(&processors).zip(&vcpus) {
+        arch::restore_vcpu(vcpu, index, saved, list)?;
+    }
+    arch::restore_platform(&frame.fd, &platform)?;
+    let discard = Discard::with_files(&ram, &ranges);
+    let fittings = Fittings { console, vsock, on_connection, disks, saved: Some(&mut parts) };
+    let devices = Devices::place(&frame.fd, &ram, &shape, discard, fittings, &end)?;
+    if let Some(part) = parts.into_keys().next() {
+        return Err(RestoreError::Surplus { part }.into());
+    }
+    let (vm, subscribers) =
+        assemble(frame, ram, shape.clone(), origin, processors, devices, end, Vm::restored)?;
+    Ok(RestoredVm { vm, shape, saved_at_ns, subscribers })
+}
+
+/// KVM's half of a VM, without processors.
+struct Frame {
+    fd: VmFd,
+    list: SaveList,
+    run_size: usize,
+}
+
+impl Frame {
+    fn new(kvm: &Kvm, ram: &GuestRam) -> Result<Self, BuildError> {
+        let fd = kvm.create_vm().map_err(kvm_error("creating a VM"))?;
+        kvm::register_ram(&fd, ram).map_err(kvm_error("registering guest memory"))?;
+        arch::prepare_vm(&fd)?;
+        let list = SaveList::new(kvm, &fd)?;
+        let run_size = kvm.get_vcpu_mmap_size().map_err(kvm_error("asking for the size of a run page"))?;
+        Ok(Self { fd, list, run_size })
+    }
+
+    fn processor(&self, index: u8) -> Result<VcpuFd, BuildError> {
+        let mut vcpu = self.fd.create_vcpu(index.into()).map_err(kvm_error("creating a vCPU"))?;
+        kvm::keep_out_of_forks(&mut vcpu, self.run_size);
+        Ok(vcpu)
+    }
+}
+
+/// Puts the parts together; `make` says which state the VM begins in.
+#[allow(clippy::too_many_arguments)] // each once, by name, from two callers
+fn assemble(
+    frame: Frame,
+    ram: GuestRam,
+    shape: Shape,
+    origin: Origin,
+    processors: Vec<(VcpuFd, SaveList)>,
+    devices: Devices,
+    end: Arc<EndLatch>,
+    make: impl FnOnce(VmParts) -> Vm,
+) -> Result<(Vm, Vec<Subscriber>), BuildError> {
     let counters = Arc::new(ExitCounters::default());
     let shared = Shared {
-        pio: Arc::new(pio),
-        mmio: Arc::new(mmio),
+        pio: Arc::new(devices.pio),
+        mmio: Arc::new(devices.mmio),
         end: Arc::clone(&end),
         counters: Arc::clone(&counters),
+        list: Arc::default(),
     };
-    let model = CpuModel::new(&kvm, vcpus)?;
-    let mut vm = Vm::new(VmParts {
+    let mut vm = make(VmParts {
+        fd: frame.fd,
+        ram,
         vcpus: Vec::new(),
         counters,
         end,
-        disks: disk_slots,
-        filesystem,
-        gauges: Box::new(DeviceGauges { console, vsock: vsock_handle, balloon: balloon_handle }),
-        power_button,
-        ram,
-        fd,
+        disks: devices.disks,
+        filesystem: devices.filesystem,
+        networks: devices.networks,
+        gauges: Box::new(devices.gauges),
+        power_button: devices.power_button,
+        shape,
+        parts: devices.parts,
+        origin,
+        discard: devices.discard,
     });
-    for index in 0..vcpus {
-        let vcpu = vm.fd().create_vcpu(index.into()).map_err(kvm_error("creating a vCPU"))?;
-        model.apply(&vcpu, index, (index == 0).then_some(&entry), vm.ram())?;
-        vm.add_vcpu(VcpuHandle::spawn(vcpu, index, shared.clone())?);
+    // Into the VM one by one: what has been started is stopped if a later one cannot be.
+    for (index, (vcpu, list)) in (0..).zip(processors) {
+        let shared = Shared { list: Arc::new(list), ..shared.clone() };
+        vm.add_vcpu(VcpuHandle::spawn(vcpu, index, shared)?);
     }
-    let disks = disks.into_iter().map(|disk| vm.attach(disk)).collect::<Result<_, _>>()?;
-    Ok(Built { vm, disks, subscribers })
+    Ok((vm, devices.subscribers))
+}
+
+/// What the host gives to the devices.
+struct Fittings<'a> {
+    console: Option<Console>,
+    vsock: Option<VsockParts>,
+    on_connection: OnConnection,
+    /// For slots by serial.
+    disks: Vec<(String, Disk)>,
+    /// What the parts were, by name; each takes its own out.
+    saved: Option<&'a mut BTreeMap<String, PartState>>,
+}
+
+/// All devices of a VM, on their buses.
+struct Devices {
+    mmio: MmioBus,
+    pio: PioBus,
+    described: Vec<MmioDescription>,
+    subscribers: Vec<Subscriber>,
+    parts: BTreeMap<String, Box<dyn Persist>>,
+    disks: Vec<Box<dyn DiskSlot>>,
+    filesystem: Option<Box<dyn FilesystemSlot>>,
+    networks: Vec<Box<dyn NetworkSlot>>,
+    gauges: DeviceGauges,
+    power_button: EventFd,
+    discard: Arc<Mutex<Discard>>,
+}
+
+impl Devices {
+    fn place(
+        fd: &VmFd,
+        ram: &GuestRam,
+        shape: &Shape,
+        discard: Discard,
+        fittings: Fittings<'_>,
+        end: &Arc<EndLatch>,
+    ) -> Result<Self, BuildError> {
+        let Fittings { console, vsock, on_connection, disks, saved } = fittings;
+        let mut board = Board {
+            fd,
+            ram,
+            mmio: MmioBus::default(),
+            described: Vec::new(),
+            subscribers: Vec::new(),
+            lines: Lines::default(),
+            saved,
+            parts: BTreeMap::new(),
+        };
+        let mut pio = PioBus::default();
+        let console = place_serial(&mut board, &mut pio, console)?;
+        let power_button = board.interrupt("the power button", layout::POWER_BUTTON_GSI)?;
+        place_power(&mut pio, end)?;
+        board.place(slots::RNG, Box::new(Rng::new()))?;
+        let mut vsock_handle = None;
+        if let Some(vsock) = vsock {
+            let device = Vsock::new(vsock.guest_cid, vsock.listener, vsock.host_ports, on_connection)?;
+            vsock_handle = Some(device.handle());
+            board.place(slots::VSOCK, Box::new(device))?;
+        }
+        let disks = place_disks(&mut board, shape.disk_slots, disks)?;
+        let filesystem = place_filesystem(&mut board, shape.filesystem.clone())?;
+        let discard = Arc::new(Mutex::new(discard));
+        let balloon = Balloon::with_discard(Arc::clone(&discard));
+        let balloon_handle = balloon.handle();
+        board.place(slots::BALLOON, Box::new(balloon))?;
+        let networks = place_networks(&mut board, shape.network_slots)?;
+        let Board { mmio, described, subscribers, parts, .. } = board;
+        let gauges = DeviceGauges { console, vsock: vsock_handle, balloon: balloon_handle };
+        Ok(Self {
+            mmio,
+            pio,
+            described,
+            subscribers,
+            parts,
+            disks,
+            filesystem,
+            networks,
+            gauges,
+            power_button,
+            discard,
+        })
+    }
 }
 
 fn kvm_error(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
@@ -177,6 +375,8 @@ struct Board<'a> {
     described: Vec<MmioDescription>,
     subscribers: Vec<Subscriber>,
     lines: Lines,
+    saved: Option<&'a mut BTreeMap<String, PartState>>,
+    parts: BTreeMap<String, Box<dyn Persist>>,
 }
 
 /// The interrupt lines that have an event descriptor. One each: KVM makes an edge of every
@@ -214,12 +414,19 @@ impl Board<'_> {
         })
     }
 
+    /// What a part was, in a restored VM.
+    fn saved(&mut self, name: &str) -> Result<Option<PartState>, BuildError> {
+        let Some(saved) = &mut self.saved else { return Ok(None) };
+        let missing = || RestoreError::Missing { part: name.to_owned() };
+        Ok(Some(saved.remove(name).ok_or_else(missing)?))
+    }
+
     /// Puts a device into a slot: registers on the bus, doorbells and interrupt by event
-    /// descriptors, work on the event loop.
+    /// descriptors, work on the event loop, saved state if there is any.
     fn place(&mut self, slot: usize, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let (base, gsi) = (slots::address(slot), slots::gsi(slot));
         let line = self.interrupt("a virtio device", gsi)?;
-        let transport = MmioTransport::new(device, self.ram.clone(), line)?;
+        let mut transport = MmioTransport::new(device, self.ram.clone(), line)?;
         for (queue, bell) in (0u32..).zip(transport.doorbells()) {
             let address = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
             self.fd.register_ioevent(bell, &address, queue).map_err(kvm_error("registering a doorbell"))?;
@@ -227,8 +434,13 @@ impl Board<'_> {
         for (offset, register) in transport.lock_free_registers() {
             self.mmio.insert_register(base + offset, register);
         }
+        let part = format!("virtio-{slot}");
+        if let Some(state) = self.saved(&part)? {
+            transport.restore(&state)?;
+        }
         let name = transport.name().to_owned();
         let transport = Arc::new(Mutex::new(transport));
+        self.parts.insert(part, Box::new(Part(Arc::clone(&transport))));
         self.mmio.insert(base, slots::SIZE, &name, Arc::clone(&transport) as _)?;
         self.described.push(MmioDescription { slot, base, size: slots::SIZE, gsi });
         self.subscribers.push(Box::new(DeviceSubscriber(transport)));
@@ -236,18 +448,34 @@ impl Board<'_> {
     }
 }
 
-fn place_disks(board: &mut Board<'_>, slots: DiskSlots) -> Result<Vec<Box<dyn DiskSlot>>, BuildError> {
+/// `disks` go to the slots of their serials, at once: a saved slot is checked against its disk.
+fn place_disks(
+    board: &mut Board<'_>,
+    slots: DiskSlots,
+    mut disks: Vec<(String, Disk)>,
+) -> Result<Vec<Box<dyn DiskSlot>>, BuildError> {
     let mut handles: Vec<Box<dyn DiskSlot>> = Vec::new();
     let kinds =
         [(true, slots::FIRST_READ_ONLY, slots.read_only), (false, slots::FIRST_WRITABLE, slots.writable)];
     for (read_only, first, count) in kinds {
         for n in 0..usize::from(count) {
-            let device = Blk::new(slots::serial(read_only, n), read_only);
-            handles.push(Box::new(device.handle()));
+            let serial = slots::serial(read_only, n);
+            let device = Blk::new(serial.clone(), read_only);
+            let handle: Box<dyn DiskSlot> = Box::new(device.handle());
+            if let Some(at) = disks.iter().position(|(wanted, _)| *wanted == serial) {
+                let (_, disk) = disks.swap_remove(at);
+                handle.attach(disk.file, disk.below).map_err(StateError::Attach)?;
+            }
+            handles.push(handle);
             board.place(first + n, Box::new(device))?;
         }
     }
-    Ok(handles)
+    match disks.pop() {
+        Some((serial, _)) => {
+            Err(RestoreError::invalid(&format!("disk {serial}"), "the saved VM has no such slot").into())
+        }
+        None => Ok(handles),
+    }
 }
 
 fn place_filesystem(
@@ -259,6 +487,17 @@ fn place_filesystem(
     let handle = device.handle();
     board.place(slots::FILESYSTEM, Box::new(device))?;
     Ok(Some(Box::new(handle)))
+}
+
+fn place_networks(board: &mut Board<'_>, count: u8) -> Result<Vec<Box<dyn NetworkSlot>>, BuildError> {
+    let mut handles: Vec<Box<dyn NetworkSlot>> = Vec::new();
+    for number in 0..count {
+        let device =
+            Net::new(number).map_err(|source| BuildError::EventFd { what: "a network device", source })?;
+        handles.push(Box::new(device.handle()));
+        board.place(slots::FIRST_NETWORK + usize::from(number), Box::new(device))?;
+    }
+    Ok(handles)
 }
 
 fn place_serial(
@@ -273,26 +512,22 @@ fn place_serial(
         None => (None, None, 0),
     };
     let output = CappedOutput::new(output, cap, Arc::clone(&counters));
-    let port = match input {
-        Some(input) => serial_with_input(board, line, output, input)?,
-        None => Arc::new(Mutex::new(SerialPort::new(line, output))),
-    };
-    pio.insert(layout::SERIAL_PORT, layout::SERIAL_PORTS, "serial", port)?;
-    Ok(counters)
-}
-
-fn serial_with_input(
-    board: &mut Board<'_>,
-    line: EventFd,
-    output: CappedOutput,
-    input: File,
-) -> Result<Arc<Mutex<SerialPort>>, BuildError> {
     let what = "console input";
-    let room = eventfd(what)?;
-    let theirs = room.try_clone().map_err(|source| BuildError::EventFd { what, source })?;
-    let port = Arc::new(Mutex::new(SerialPort::with_input(line, output, theirs)));
-    board.subscribers.push(Box::new(SerialInput::new(Arc::clone(&port), input, room)));
-    Ok(port)
+    let room = input.is_some().then(|| eventfd(what)).transpose()?;
+    let again = |room: &EventFd| room.try_clone().map_err(|source| BuildError::EventFd { what, source });
+    let theirs = room.as_ref().map(again).transpose()?;
+    let port = match (board.saved(SERIAL)?, theirs) {
+        (Some(state), theirs) => SerialPort::restore(&state, line, output, theirs)?,
+        (None, Some(theirs)) => SerialPort::with_input(line, output, theirs),
+        (None, None) => SerialPort::new(line, output),
+    };
+    let port = Arc::new(Mutex::new(port));
+    if let (Some(input), Some(room)) = (input, room) {
+        board.subscribers.push(Box::new(SerialInput::new(Arc::clone(&port), input, room)));
+    }
+    board.parts.insert(SERIAL.to_owned(), Box::new(Part(Arc::clone(&port))));
+    pio.insert(layout::SERIAL_PORT, layout::SERIAL_PORTS, SERIAL, port)?;
+    Ok(counters)
 }
 
 fn place_power(pio: &mut PioBus, end: &Arc<EndLatch>) -> Result<(), BusError> {
@@ -302,115 +537,5 @@ fn place_power(pio: &mut PioBus, end: &Arc<EndLatch>) -> Result<(), BusError> {
     pio.insert(layout::KEYBOARD_COMMAND_PORT, 1, "keyboard reset", keyboard)
 }
 
-impl DiskSlot for BlkHandle {
-    fn serial(&self) -> String {
-        self.serial()
-    }
-
-    fn read_only(&self) -> bool {
-        self.read_only()
-    }
-
-    fn is_free(&self) -> bool {
-        self.is_free()
-    }
-
-    fn attach(&self, file: File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(self.attach(file)?)
-    }
-
-    fn metrics(&self) -> BlkMetrics {
-        self.metrics()
-    }
-}
-
-impl FilesystemSlot for FsHandle {
-    fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(self.attach(sockets)?)
-    }
-
-    fn hold(&self, held: bool) {
-        self.hold(held);
-    }
-
-    fn in_flight(&self) -> usize {
-        self.in_flight()
-    }
-
-    fn metrics(&self) -> FsMetrics {
-        self.metrics()
-    }
-}
-
-struct DeviceGauges {
-    console: Arc<ConsoleCounters>,
-    vsock: Option<VsockHandle>,
-    balloon: BalloonHandle,
-}
-
-impl Gauges for DeviceGauges {
-    fn unsent(&self) -> u64 {
-        self.vsock.as_ref().map_or(0, VsockHandle::unsent)
-    }
-
-    fn resumed(&self) {
-        if let Some(vsock) = &self.vsock {
-            vsock.resumed();
-        }
-    }
-
-    fn vsock(&self) -> VsockMetrics {
-        self.vsock.as_ref().map(VsockHandle::metrics).unwrap_or_default()
-    }
-
-    fn balloon(&self) -> BalloonMetrics {
-        self.balloon.metrics()
-    }
-
-    fn set_balloon(&self, mib: u64) {
-        self.balloon.set_target(mib);
-    }
-
-    fn console(&self) -> (u64, u64) {
-        (self.console.bytes.load(Ordering::Relaxed), self.console.dropped.load(Ordering::Relaxed))
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_that_share_a_line_share_its_descriptor() {
-        let (mut lines, mut registered) = (Lines::default(), Vec::new());
-        let mut get = |slot| {
-            let gsi = slots::gsi(slot);
-            lines.get("a test", gsi, |line| {
-                registered.push((gsi, line.try_clone().unwrap()));
-                Ok(())
-            })
-        };
-        let (first, sharer, other) = (get(0).unwrap(), get(18).unwrap(), get(1).unwrap());
-        assert_eq!(registered.iter().map(|(gsi, _)| *gsi).collect::<Vec<_>>(), [6, 7]);
-        first.write(1).unwrap();
-        sharer.write(1).unwrap();
-        assert_eq!(registered[0].1.read().unwrap(), 2, "no edge is lost");
-        assert!(registered[1].1.read().is_err(), "the other line is silent");
-        drop(other);
-    }
-
-    #[test]
-    fn a_line_that_was_not_registered_is_not_kept() {
-        let mut lines = Lines::default();
-        let failed = lines.get("a test", 6, |_| Err(kvm_error("a test")(kvm_ioctls::Error::new(5))));
-        assert!(failed.is_err());
-        let mut registered = false;
-        lines
-            .get("a test", 6, |_| {
-                registered = true;
-                Ok(())
-            })
-            .unwrap();
-        assert!(registered);
-    }
-}
+mod tests;

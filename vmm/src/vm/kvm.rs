@@ -3,8 +3,8 @@
 
 use std::os::fd::FromRawFd;
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::config::KvmFd;
 use crate::memory::{self, GuestRam};
@@ -14,6 +14,20 @@ pub(super) fn open(fd: KvmFd) -> Kvm {
     // SAFETY: `KvmFd` owns an open descriptor and gives it up here. Whether it is /dev/kvm is
     // found out by its answers: ioctls on anything else fail.
     unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Keeps a vCPU's run page, of `size` bytes, out of processes that this one forks: a mapping there would hold the
+/// vCPU's file, and with it the VM, for as long as they live.
+pub(super) fn keep_out_of_forks(vcpu: &mut VcpuFd, size: usize) {
+    let page: *mut kvm_run = vcpu.get_kvm_run();
+    // SAFETY: the mapping of this vCPU, of which KVM told the size; MADV_DONTFORK changes nothing in this process.
+    if unsafe { libc::madvise(page.cast(), size, libc::MADV_DONTFORK) } != 0 {
+        let error = std::io::Error::last_os_error();
+        crate::log::warn(
+            "vm",
+            format_args!("a snapshot's writer will hold on to this VM: MADV_DONTFORK: {error}"),
+        );
+    }
 }
 
 /// Registers all RAM. The caller keeps `ram` alive for as long as vCPUs of `vm` can run.

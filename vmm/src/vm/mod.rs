@@ -2,9 +2,13 @@
 //! devices are.
 
 pub mod builder;
+mod disks;
 mod kvm;
 pub mod slots;
+mod snapshot;
 mod state;
 
-pub use builder::{BuildError, Built, build};
-pub use state::{DiskSlot, FilesystemSlot, Gauges, StateError, Vm, VmParts};
+pub use builder::{BuildError, Built, RestoredVm, build, restore};
+pub use disks::{DiskSlot, Merging, Replace, Settle};
+pub use snapshot::Taken;
+pub use state::{FilesystemSlot, Gauges, NetworkSlot, Refusal, StateError, Vm, VmParts};

@@ -1,7 +1,7 @@
 //! The virtio-mmio slots: which device sits where, at which address, on which line. A guest
 //! probes a slot once, at boot, so those that a VM has exist from the start, and disks come later.
 
-use crate::api::MAX_DISK_SLOTS;
+use crate::api::{MAX_DISK_SLOTS, MAX_NETWORK_SLOTS};
 use crate::arch::layout;
 
 /// Bytes of a slot.
@@ -14,7 +14,8 @@ pub const FIRST_READ_ONLY: usize = 2;
 pub const FIRST_WRITABLE: usize = FIRST_READ_ONLY + MAX_DISK_SLOTS as usize;
 pub const FILESYSTEM: usize = FIRST_WRITABLE + MAX_DISK_SLOTS as usize;
 pub const BALLOON: usize = FILESYSTEM + 1;
-pub const COUNT: usize = BALLOON + 1;
+pub const FIRST_NETWORK: usize = BALLOON + 1;
+pub const COUNT: usize = FIRST_NETWORK + MAX_NETWORK_SLOTS as usize;
 
 /// Guest address of a slot's registers.
 pub fn address(slot: usize) -> u64 {
@@ -38,10 +39,13 @@ mod tests {
 
     #[test]
     fn slots_are_where_the_contract_says() {
-        assert_eq!(COUNT, 28);
-        assert_eq!((address(0), address(27)), (0xd000_0000, 0xd001_b000));
-        assert_eq!((gsi(0), gsi(17), gsi(18), gsi(27)), (6, 23, 6, 15));
-        assert_eq!((FIRST_READ_ONLY, FIRST_WRITABLE, FILESYSTEM, BALLOON), (2, 14, 26, 27));
+        assert_eq!(COUNT, 32);
+        assert_eq!((address(0), address(31)), (0xd000_0000, 0xd001_f000));
+        assert_eq!((gsi(0), gsi(17), gsi(18), gsi(31)), (6, 23, 6, 19));
+        assert_eq!(
+            (FIRST_READ_ONLY, FIRST_WRITABLE, FILESYSTEM, BALLOON, FIRST_NETWORK),
+            (2, 14, 26, 27, 28)
+        );
         assert_eq!((serial(true, 0), serial(false, 11)), ("ro0".into(), "rw11".into()));
     }
 

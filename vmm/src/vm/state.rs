@@ -4,27 +4,31 @@
 //! no device is at work, and while the VM is paused the loop lets none work. So "vCPUs parked
 //! and nothing in flight to the file server" is the quiescent point, and it lasts.
 
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::DiskSlot;
 use crate::api::{
-    AttachedDisk, BalloonMetrics, BlkMetrics, BootTimes, EndReason, FsMetrics, MIN_MEMORY_MIB, Metrics,
+    BalloonMetrics, BootTimes, EndReason, FsMetrics, MIN_MEMORY_MIB, Metrics, NetMetrics, SnapshotMetrics,
     VmState, VsockMetrics,
 };
-use crate::config::Disk;
+use crate::arch;
+use crate::config::Network;
 use crate::end::EndLatch;
 use crate::log;
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, Discard, GuestRam};
+use crate::snapshot::writer::Origin;
+use crate::snapshot::{Persist, SaveError, Shape};
 use crate::vcpu::{self, ExitCounters, VcpuError, VcpuHandle};
 
 /// How long vCPUs may take to leave the guest. An exit's device access is the longest part.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A call that the VM cannot serve as it is.
 #[derive(Debug, thiserror::Error)]
@@ -39,35 +43,50 @@ pub enum StateError {
     InFlight { requests: usize, seconds: u64 },
     #[error("attach a file server: the VM was configured without a file system device")]
     NoFilesystem,
+    #[error("{call}: network slot {slot}; the VM was configured with {count} slots, counted from 0")]
+    NoNetworkSlot { call: &'static str, slot: u8, count: usize },
     #[error(transparent)]
-    Attach(Box<dyn std::error::Error + Send + Sync>),
+    Attach(Refusal),
+    #[error("there is no writable disk in a slot {serial:?}; the reply to AttachDisk names the slot")]
+    NoDisk { serial: String },
+    #[error(
+        "snapshot: disk {serial} has no file to go on in; give an empty one for every writable disk that is attached"
+    )]
+    NotStaged { serial: String },
     #[error(
         "balloon: a target of {target_mib} MiB; of this guest's {memory_mib} MiB at most {max_mib} can be given up"
     )]
     Balloon { target_mib: u64, memory_mib: u64, max_mib: u64 },
+    #[error("snapshot: {0}")]
+    Platform(#[source] arch::SaveStateError),
+    #[error(transparent)]
+    Part(#[from] SaveError),
+    #[error("snapshot: forking the writer: {0}; the VM goes on")]
+    Fork(#[source] io::Error),
     #[error("power button: {0}")]
     Button(#[source] io::Error),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
 }
 
-/// A place for a disk, as the control plane sees it.
-pub trait DiskSlot {
-    fn serial(&self) -> String;
-    fn read_only(&self) -> bool;
-    fn is_free(&self) -> bool;
-    fn attach(&self, file: File) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
-    fn metrics(&self) -> BlkMetrics;
-}
+/// Why a device's handle refuses.
+pub type Refusal = Box<dyn std::error::Error + Send + Sync>;
 
 /// A place for a file server.
 pub trait FilesystemSlot {
-    fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+    fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Refusal>;
     /// While held, requests stay in their queue.
     fn hold(&self, held: bool);
     /// Requests that the server has not answered.
     fn in_flight(&self) -> usize;
     fn metrics(&self) -> FsMetrics;
+}
+
+/// A place for a network.
+pub trait NetworkSlot {
+    fn attach(&self, network: Network) -> Result<(), Refusal>;
+    fn detach(&self) -> Result<(), Refusal>;
+    fn metrics(&self) -> NetMetrics;
 }
 
 /// What the VM reads of its devices and tells them.
@@ -93,15 +112,23 @@ pub struct VmParts {
     pub end: Arc<EndLatch>,
     pub disks: Vec<Box<dyn DiskSlot>>,
     pub filesystem: Option<Box<dyn FilesystemSlot>>,
+    pub networks: Vec<Box<dyn NetworkSlot>>,
     pub gauges: Box<dyn Gauges>,
     /// Raises the generic event device's interrupt.
     pub power_button: EventFd,
+    pub shape: Shape,
+    /// What has state, by name.
+    pub parts: BTreeMap<String, Box<dyn Persist>>,
+    /// What guest memory was restored from.
+    pub origin: Origin,
+    /// What of guest memory is anonymous; shared with the balloon.
+    pub discard: Arc<Mutex<Discard>>,
 }
 
 /// A VM. Dropping it stops its vCPUs first.
 pub struct Vm {
     state: VmState,
-    parts: VmParts,
+    pub(super) parts: VmParts,
 }
 
 impl std::fmt::Debug for Vm {
@@ -113,6 +140,13 @@ impl std::fmt::Debug for Vm {
 impl Vm {
     pub fn new(parts: VmParts) -> Self {
         Self { state: VmState::Configured, parts }
+    }
+
+    /// A VM that goes on where it was saved: paused.
+    pub fn restored(parts: VmParts) -> Self {
+        let vm = Self { state: VmState::Paused, parts };
+        vm.hold(true);
+        vm
     }
 
     pub fn state(&self) -> VmState {
@@ -129,7 +163,12 @@ impl Vm {
         self.parts.gauges.unsent()
     }
 
-    fn require(&self, call: &'static str, allowed: &[VmState], mend: &'static str) -> Result<(), StateError> {
+    pub(super) fn require(
+        &self,
+        call: &'static str,
+        allowed: &[VmState],
+        mend: &'static str,
+    ) -> Result<(), StateError> {
         let state = self.state();
         if allowed.contains(&state) { Ok(()) } else { Err(StateError::WrongState { call, state, mend }) }
     }
@@ -196,20 +235,6 @@ impl Vm {
         self.parts.end.set(EndReason::Forced);
     }
 
-    /// Puts a disk into the first free slot of its kind.
-    pub fn attach(&mut self, disk: Disk) -> Result<AttachedDisk, StateError> {
-        self.require_living("attach")?;
-        let mut slots = self.parts.disks.iter();
-        let slot = slots.find(|slot| slot.read_only() == disk.read_only && slot.is_free());
-        let Some(slot) = slot else {
-            let kind = if disk.read_only { "read-only" } else { "writable" };
-            let max = self.parts.disks.iter().filter(|slot| slot.read_only() == disk.read_only).count();
-            return Err(StateError::Exhausted { kind, max });
-        };
-        slot.attach(disk.file).map_err(StateError::Attach)?;
-        Ok(AttachedDisk { serial: slot.serial() })
-    }
-
     /// Gives the file system device its server.
     pub fn attach_filesystem(&mut self, sockets: Vec<UnixStream>) -> Result<(), StateError> {
         self.require_living("attach")?;
@@ -217,7 +242,25 @@ impl Vm {
         slot.attach(sockets).map_err(StateError::Attach)
     }
 
-    fn require_living(&self, call: &'static str) -> Result<(), StateError> {
+    /// Gives a network slot its tap.
+    pub fn attach_network(&mut self, network: Network) -> Result<(), StateError> {
+        let slot = self.network("attach a network", network.slot)?;
+        slot.attach(network).map_err(StateError::Attach)
+    }
+
+    /// Takes a network slot's tap away.
+    pub fn detach_network(&mut self, slot: u8) -> Result<(), StateError> {
+        self.network("detach a network", slot)?.detach().map_err(StateError::Attach)
+    }
+
+    fn network(&self, call: &'static str, slot: u8) -> Result<&dyn NetworkSlot, StateError> {
+        self.require_living(call)?;
+        let networks = &self.parts.networks;
+        let found = networks.get(usize::from(slot)).map(|network| &**network);
+        found.ok_or(StateError::NoNetworkSlot { call, slot, count: networks.len() })
+    }
+
+    pub(super) fn require_living(&self, call: &'static str) -> Result<(), StateError> {
         let living = [VmState::Configured, VmState::Running, VmState::Paused, VmState::ShuttingDown];
         self.require(call, &living, "the guest has ended")
     }
@@ -244,6 +287,9 @@ impl Vm {
             vsock: self.parts.gauges.vsock(),
             filesystem: self.parts.filesystem.as_ref().map(|slot| slot.metrics()).unwrap_or_default(),
             balloon: self.parts.gauges.balloon(),
+            networks: self.parts.networks.iter().map(|network| network.metrics()).collect(),
+            // The server's own.
+            snapshots: SnapshotMetrics::default(),
             console_bytes,
             console_dropped,
         }

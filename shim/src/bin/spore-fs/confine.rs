@@ -1,7 +1,8 @@
 //! Takes away what serving files does not need: every file but those given by the shim, the
 //! network, and all capabilities but those that act on files.
 
-use caps::{CapSet, Capability, CapsHashSet};
+use caps::Capability;
+use containerd_shim_spore::keep_only;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
@@ -53,17 +54,7 @@ pub(crate) fn enter() -> Result<(), ConfineError> {
     prctl::set_no_new_privs().map_err(failed("no new privileges"))?;
     // Acting for another user must not cost the capabilities that it takes.
     crate::sys::no_setuid_fixup().map_err(failed("keep capabilities over a change of user"))?;
-    let needed: CapsHashSet = NEEDED.into_iter().collect();
-    for capability in caps::all() {
-        if !needed.contains(&capability) && caps::has_cap(None, CapSet::Bounding, capability)? {
-            caps::drop(None, CapSet::Bounding, capability)?;
-        }
-    }
-    caps::clear(None, CapSet::Ambient)?;
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &needed)?;
-    caps::set(None, CapSet::Permitted, &needed)?;
-    Ok(())
+    Ok(keep_only(&NEEDED)?)
 }
 
 /// An empty root with nothing but this process's descriptors, which are how a file that is known

@@ -7,7 +7,7 @@ mod kvm;
 
 use serde_json::json;
 
-use containerd_shim_spore::Config;
+use containerd_shim_spore::{Config, probe};
 
 use crate::Global;
 use crate::failure::Failure;
@@ -46,6 +46,8 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
         Check::new("kernel", host::kernel()),
         Check::new("overlayfs", host::overlayfs()),
         Check::new("cgroup v2", host::cgroups()),
+        Check::new("/dev/net/tun", host::network(probe::taps())),
+        Check::new("tc", host::network(probe::redirects())),
     ];
     let config = match Config::load() {
         Ok(config) => {

@@ -4,12 +4,14 @@
 
 use std::path::Path;
 
-use caps::{CapSet, Capability, CapsHashSet};
+use caps::Capability;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, pivot_root};
+
+use crate::capabilities;
 
 /// The last is what setting `trusted.overlay.opaque` takes: capable(CAP_SYS_ADMIN) in the first user
 /// namespace, for which there is nothing smaller. It is much: what keeps the archive from using it is that no
@@ -30,7 +32,7 @@ pub(super) fn enter(root: &Path) -> Result<(), String> {
     new_root(root).map_err(|error| format!("{}: make it the root: {error}", root.display()))?;
     umask(Mode::empty());
     prctl::set_no_new_privs().map_err(|error| format!("no new privileges: {error}"))?;
-    drop_capabilities().map_err(|error| format!("drop capabilities: {error}"))
+    capabilities::keep_only(&NEEDED).map_err(|error| format!("drop capabilities: {error}"))
 }
 
 fn new_root(root: &Path) -> nix::Result<()> {
@@ -43,17 +45,4 @@ fn new_root(root: &Path) -> nix::Result<()> {
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     chdir("/")
-}
-
-fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
-    let needed: CapsHashSet = NEEDED.into_iter().collect();
-    for capability in caps::all() {
-        if !needed.contains(&capability) && caps::has_cap(None, CapSet::Bounding, capability)? {
-            caps::drop(None, CapSet::Bounding, capability)?;
-        }
-    }
-    caps::clear(None, CapSet::Ambient)?;
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &needed)?;
-    caps::set(None, CapSet::Permitted, &needed)
 }

@@ -62,9 +62,8 @@ pub(crate) enum Ground {
 pub(crate) fn settle(upper: &Path, beside: &Path) -> Result<Ground, RootfsError> {
     let layer = Layer::new(upper, beside);
     let Some(marker) = layer.marker()? else { return Ok(Ground::Directory(upper.into())) };
-    let disk = layer.file(writable::DISK);
     // A sandbox that lives exports as it likes.
-    let unused = if disk.exists() { Some(writable::open_locked(&disk)?) } else { None };
+    let unused = writable::lock_existing(beside)?;
     match marker {
         Marker::Complete { stamp } if unused.is_some() && layer.stamp()? == stamp => {
             return Ok(Ground::Directory(layer.file(BASE)));
@@ -179,7 +178,7 @@ impl Layer {
 
     /// Makes all that is in the directory its own content, and the writable disk a new one.
     fn adopt(&self) -> Result<(), RootfsError> {
-        remove_file(&self.file(writable::DISK))?;
+        writable::layers::remove(&self.beside)?;
         remove_file(&self.file(MARKER))?;
         remove_tree(&self.file(BASE))
     }

@@ -2,7 +2,6 @@
 //! upper directory holds what it changed, for clients that commit, diff or copy. Before the
 //! container runs on, the directory gets back what it held before.
 //!
-//!
 //! Rooms: `layer` what stands on the host and survives a kill, `helper` the process that fills the
 //! directory (`confine`, `archive`, `apply`).
 

@@ -52,7 +52,7 @@ impl Host {
         self.place(&Source::Directory { path: self.path("native/7"), frozen: true })
     }
 
-    fn open(&self, place: &Place) -> Result<File, RootfsError> {
+    fn open(&self, place: &Place) -> Result<WritableDisk, RootfsError> {
         open(place, &self.path("state"), 64)
     }
 }
@@ -63,11 +63,11 @@ fn the_layer_lives_in_the_snapshot_and_a_second_task_sees_the_first_ones_writes(
     let place = host.overlay();
     let first = host.open(&place).unwrap();
     assert!(host.path("snapshots/3/spore/writable.ext4").exists());
-    first.write_all_at(b"written by the first task", 60 << 20).unwrap();
+    first.top.write_all_at(b"written by the first task", 60 << 20).unwrap();
     drop(first);
     let second = host.open(&place).unwrap();
     let mut bytes = [0; 25];
-    second.read_exact_at(&mut bytes, 60 << 20).unwrap();
+    second.top.read_exact_at(&mut bytes, 60 << 20).unwrap();
     assert_eq!(&bytes, b"written by the first task");
     let names: Vec<_> = std::fs::read_dir(host.path("snapshots/3/spore")).unwrap().flatten().collect();
     assert_eq!(names.len(), 1, "{names:?}");
@@ -94,7 +94,7 @@ fn a_layer_serves_one_sandbox_at_a_time_as_long_as_any_descriptor_is_open() {
     let host = Host::new();
     let place = host.native();
     let shim = host.open(&place).unwrap();
-    let vmm = shim.try_clone().unwrap();
+    let vmm = shim.top.try_clone().unwrap();
     drop(shim);
     let message = host.open(&place).unwrap_err().to_string();
     assert!(message.contains("in use by another sandbox"), "{message}");
@@ -120,7 +120,7 @@ fn sandboxes_that_begin_at_once_make_one_layer() {
     });
     // Each opened the same file, so all but the first found it locked.
     assert_eq!(opened.iter().filter(|result| result.is_ok()).count(), 1);
-    let ino = opened.iter().flatten().next().unwrap().metadata().unwrap().ino();
+    let ino = opened.iter().flatten().next().unwrap().top.metadata().unwrap().ino();
     assert_eq!(std::fs::metadata(host.path("snapshots/3/spore/writable.ext4")).unwrap().ino(), ino);
     assert_eq!(std::fs::read_dir(host.path("state/golden")).unwrap().count(), 1, "no temporary file stays");
 }
@@ -204,7 +204,7 @@ fn collecting_never_takes_a_layer_from_under_its_maker() {
         for _ in 0..20 {
             let disk = host.open(&place).unwrap();
             let named = std::fs::metadata(place.dir().join(DISK)).unwrap();
-            assert_eq!(named.ino(), disk.metadata().unwrap().ino());
+            assert_eq!(named.ino(), disk.top.metadata().unwrap().ino());
         }
         done.store(true, std::sync::atomic::Ordering::Relaxed);
     });
@@ -233,7 +233,7 @@ fn a_read_only_view_writes_to_a_disk_that_goes_with_its_sandbox() {
     let place = host.view();
     assert_eq!(place.dir(), host.path("state/ephemeral/default/web"), "on disk, not in /run");
     let running = host.open(&place).unwrap();
-    running.write_all_at(b"gone with the sandbox", 60 << 20).unwrap();
+    running.top.write_all_at(b"gone with the sandbox", 60 << 20).unwrap();
     assert!(host.open(&place).unwrap_err().to_string().contains("in use"));
     discard(place.dir());
     collect_garbage(&host.path("state"));
@@ -241,7 +241,7 @@ fn a_read_only_view_writes_to_a_disk_that_goes_with_its_sandbox() {
     drop(running);
     // Another sandbox of that name before anybody swept: nothing of the first one's.
     let mut bytes = [1; 21];
-    host.open(&place).unwrap().read_exact_at(&mut bytes, 60 << 20).unwrap();
+    host.open(&place).unwrap().top.read_exact_at(&mut bytes, 60 << 20).unwrap();
     assert_eq!(bytes, [0; 21]);
     collect_garbage(&host.path("state"));
     assert!(!host.path("state/ephemeral").exists());

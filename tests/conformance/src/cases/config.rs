@@ -20,6 +20,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     Case::new("config: a rootfs that is read-only", read_only).starts(1),
     Case::new("config: CPU weight and number of processes", weight_and_pids).starts(1),
+    Case::new("config: weight of input and output", io_weight).starts(1),
     Case::new("config: seccomp kills", seccomp_kills).starts(1),
     Case::new("config: a seccomp profile with an action that is none is refused", bad_seccomp).starts(1),
     Case::new("config: CPUs that are not there are refused", bad_cpus).starts(1),
@@ -139,24 +140,46 @@ fn read_only(subject: &Subject) -> Result<()> {
     equal("writes", &said, "refused\ntaken\n")
 }
 
+/// Shows the container its own cgroup as the root of those below /sys/fs/cgroup.
+fn own_cgroup(spec: &mut Value) {
+    let cgroup =
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
+    spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(cgroup.clone()));
+    let own = json!({ "type": "cgroup" });
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    namespaces.into_iter().for_each(|namespaces| {
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+        namespaces.push(own.clone());
+    });
+}
+
 fn weight_and_pids(subject: &Subject) -> Result<()> {
     let script = "cat /sys/fs/cgroup/cpu.weight /sys/fs/cgroup/pids.max";
     let said = said(subject, script, |spec| {
         spec["linux"]["resources"]["cpu"] = json!({ "shares": 512 });
         spec["linux"]["resources"]["pids"] = json!({ "limit": 77 });
-        let cgroup = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
-        spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(cgroup.clone()));
-        let own = json!({ "type": "cgroup" });
-        let namespaces = spec["linux"]["namespaces"].as_array_mut();
-        namespaces.into_iter().for_each(|namespaces| {
-            namespaces.retain(|namespace| namespace["type"] != "cgroup");
-            namespaces.push(own.clone());
-        });
+        own_cgroup(spec);
     })?;
     // runc and youki convert shares by formulas of different years.
     let words: Vec<_> = said.split_whitespace().collect();
     let [weight, pids] = words.as_slice() else { anyhow::bail!("{said:?}") };
     ensure!((10..=60).contains(&weight.parse::<u32>()?) && *pids == "77", "{said:?}");
+    Ok(())
+}
+
+fn io_weight(subject: &Subject) -> Result<()> {
+    // The file is the scheduler's, io.bfq.weight, where that has weights, else the controller's.
+    let said = said(
+        subject,
+        "cat /sys/fs/cgroup/io.bfq.weight 2>/dev/null || cat /sys/fs/cgroup/io.weight",
+        |spec| {
+            spec["linux"]["resources"]["blockIO"] = json!({ "weight": 500 });
+            own_cgroup(spec);
+        },
+    )?;
+    // In io.weight the 10 to 1000 of the specification become 1 to 10000.
+    let weight = said.split_whitespace().last().unwrap_or("");
+    ensure!(["500", "4950"].contains(&weight), "{said:?}");
     Ok(())
 }
 

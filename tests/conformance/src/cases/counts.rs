@@ -4,6 +4,8 @@
 //! What is compared before and after fails the case. Times are told, not judged: the first and the last
 //! fifth of them go to `counts.md` among the results.
 
+pub(crate) mod network;
+
 use std::fmt::Write;
 use std::fs::File;
 use std::io::Write as _;

@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("exec: the cgroup is the container's", cgroup),
     Case::new("exec: in a cgroup namespace of the container's own", cgroup_namespace).starts(1),
     Case::new("exec: a terminal, and its size", terminal),
+    Case::new("exec: what a terminal's owner leaves behind is hung up", hang_up),
     Case::new("exec: an id in use is refused", same_id),
     Case::new("exec: kill by exec id leaves the container", kill).starts(1),
     Case::new("exec: in a stopped container is refused", stopped).starts(1),
@@ -152,6 +153,16 @@ fn terminal(subject: &Subject) -> Result<()> {
         let text = output.text();
         ensure!(text.contains("/dev/pts/") && text.contains("yes") && text.contains("33 77"), "{output}");
         Ok(())
+    })
+}
+
+fn hang_up(subject: &Subject) -> Result<()> {
+    shared(subject, |guest| {
+        let script = "(trap 'echo hung up > /hung-up; exit' HUP; echo > /armed; while :; do sleep 1; done) &
+            until test -e /armed; do sleep 0.1; done";
+        let output = guest.exec_with(&["--tty"], &["sh", "-c", script])?.in_terminal(24, 80).run()?;
+        ensure!(output.success(), "{output}");
+        equal("left", &guest.shell("until test -s /hung-up; do sleep 0.1; done; cat /hung-up")?, "hung up\n")
     })
 }
 

@@ -7,6 +7,7 @@ mod docker;
 mod exec;
 mod hooks;
 mod limits;
+pub(crate) mod network;
 mod pause;
 mod processes;
 mod restart;
@@ -29,12 +30,14 @@ pub(crate) struct Case {
     pub(crate) differs: Option<&'static str>,
     /// Containers that it starts: what it costs.
     pub(crate) weight: usize,
+    /// There is only one series of containerd that it runs under.
+    pub(crate) one_series: bool,
 }
 
 impl Case {
     /// One that looks into the shared container.
     pub(crate) const fn new(name: &'static str, run: fn(&Subject) -> Result<()>) -> Self {
-        Self { name, run, alone: false, differs: None, weight: 1 }
+        Self { name, run, alone: false, differs: None, weight: 1, one_series: false }
     }
 
     pub(crate) const fn alone(mut self) -> Self {
@@ -57,9 +60,9 @@ impl Case {
 
 /// The cases for one series of containerd.
 pub(crate) fn all(series: &str) -> Vec<Case> {
-    let (docker, docker_changes) =
-        if series == docker::SERIES { (docker::CASES, docker::changes::CASES) } else { (&[][..], &[][..]) };
-    [
+    let of_docker = [docker::CASES, docker::changes::CASES, docker::network::CASES].concat();
+    let docker = of_docker.into_iter().filter(|_| series == docker::SERIES);
+    let mut cases = [
         exec::CASES,
         processes::CASES,
         spec::CASES,
@@ -71,11 +74,17 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         restart::CASES,
         volumes::CASES,
         changes::CASES,
+        network::addresses::CASES,
+        network::traffic::CASES,
+        network::policy::CASES,
+        network::moments::CASES,
+        network::refused::CASES,
         counts::CASES,
-        docker,
-        docker_changes,
+        counts::network::CASES,
     ]
-    .concat()
+    .concat();
+    cases.extend(docker.map(|case| Case { one_series: true, ..case }));
+    cases
 }
 
 /// Spore does what it should where it does not do as runc does: the error that a case with such a

@@ -45,7 +45,7 @@ fn unknown_mount_type(subject: &Subject) -> Result<()> {
 }
 
 /// `ctr run --config` with containerd's own specification, changed.
-fn run(subject: &Subject, change: impl FnOnce(&mut Value)) -> Result<Output> {
+pub(super) fn run(subject: &Subject, change: impl FnOnce(&mut Value)) -> Result<Output> {
     let text = subject.must(&["oci", "spec"])?;
     let mut spec: Value = serde_json::from_str(&text).context("reading the output of ctr oci spec")?;
     spec["process"]["args"] = json!(["/bin/sh", "-c", "echo it runs"]);

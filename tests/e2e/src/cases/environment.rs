@@ -1,9 +1,11 @@
 //! What a process finds around itself is what runc gives it, but for the machine.
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use spore_harness::containerd::Runtime;
 use spore_harness::image::BUSYBOX;
 
+use super::bad_config::run as configured;
 use super::{Case, expect_contains, expect_equal};
 use spore_harness::bed::Subject;
 
@@ -11,13 +13,14 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("environment::as_runc", as_runc).spore_only().starts(2),
     Case::new("environment::limits_choose_the_machine", limits_choose_the_machine).spore_only(),
     Case::new("environment::memory_limit_kills", memory_limit_kills),
+    Case::new("environment::domain_name_and_personality", domain_name_and_personality).spore_only(),
 ];
 
 /// Identity, capabilities, limits, environment, devices, mounts, masked and read-only paths.
-/// Not compared: the link to `/proc/kcore`, which libcontainer calls kcore and runc core.
+/// Not compared: the boot id, which is the sandbox's own and therefore mounted; the link to `/proc/kcore`, which libcontainer calls kcore and runc core.
 const ASK: &str = "id; pwd; umask; env | sort; ulimit -n; \
     grep -E '^(Cap|NoNewPrivs|Groups)' /proc/self/status; \
-    ls /dev | grep -v core | sort; awk '$2 != \"/\" { print $2, $3 }' /proc/mounts | sort; \
+    ls /dev | grep -v core | sort; awk '$2 != \"/\" && $2 !~ /boot_id$/ { print $2, $3 }' /proc/mounts | sort; \
     for f in /proc/kcore /proc/keys; do wc -c < $f; done; \
     for f in /proc/sys/kernel/hostname /proc/sysrq-trigger; do ( echo x > $f ) 2>&1; done; \
     ls /proc/acpi /sys/firmware 2>/dev/null | wc -l";
@@ -55,4 +58,15 @@ fn memory_limit_kills(subject: &Subject) -> Result<()> {
     let output = subject.run_with("oom", &options, BUSYBOX, &["sh", "-c", script])?.run()?;
     ensure!(output.success(), "{output}");
     expect_contains("output", &output.text(), "status 137")
+}
+
+/// What runc does since 1.2 only, so that there is nothing to compare with in Debian's.
+fn domain_name_and_personality(subject: &Subject) -> Result<()> {
+    let output = configured(subject, |spec| {
+        spec["process"]["args"] = json!(["/bin/sh", "-c", "cat /proc/sys/kernel/domainname; uname -m"]);
+        spec["domainname"] = json!("example");
+        spec["linux"]["personality"] = json!({ "domain": "LINUX32" });
+    })?;
+    ensure!(output.success(), "{output}");
+    expect_equal("domain name and machine", &output.text().as_str(), &"example\ni686\n")
 }

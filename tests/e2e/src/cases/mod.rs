@@ -3,6 +3,7 @@
 mod bad_command;
 mod bad_config;
 mod bad_host;
+mod checkpoint;
 mod command;
 mod copy;
 mod environment;
@@ -114,6 +115,7 @@ pub(crate) fn all() -> Vec<Case> {
         status::CASES,
         signals::CASES,
         tasks::CASES,
+        checkpoint::CASES,
         vmm::CASES,
         rootfs::CASES,
         environment::CASES,

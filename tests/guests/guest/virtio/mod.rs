@@ -3,6 +3,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod net;
 pub mod rng;
 pub mod vsock;
 
@@ -12,7 +13,7 @@ use crate::{cpu, memory};
 
 const FIRST_SLOT: u64 = 0xd000_0000;
 const SLOT_SIZE: u64 = 0x1000;
-pub const SLOTS: u64 = 28;
+pub const SLOTS: u64 = 32;
 const MAGIC: u32 = 0x7472_6976;
 
 const FEATURES: u64 = 0x10;
@@ -179,8 +180,8 @@ impl Device {
     }
 }
 
-/// Most descriptors of a queue: the descriptor table then fills half a page.
-pub const SIZE: usize = 128;
+/// Most descriptors of a queue: the descriptor table then fills a page.
+pub const SIZE: usize = 256;
 
 /// A buffer of a chain: address, length, written by the device.
 pub type Buffer = (u64, u32, bool);
@@ -238,6 +239,24 @@ impl Queue {
         Self::store(self.available + 2, self.next_available);
         fence(Ordering::SeqCst);
         first
+    }
+
+    /// The descriptor with which the next chain will begin.
+    pub fn next_free(&self) -> Option<u16> {
+        self.free_count.checked_sub(1).map(|last| self.free[last])
+    }
+
+    /// Tells the device that interrupts are not wanted.
+    pub fn poll_only(&self) {
+        Self::store(self.available, 1u16);
+    }
+
+    /// Rings the doorbell unless the device has said that it looks by itself.
+    pub fn kick_if_wanted(&self) {
+        fence(Ordering::SeqCst);
+        if Self::load::<u16>(self.used) & 1 == 0 {
+            self.kick();
+        }
     }
 
     pub fn kick(&self) {

@@ -73,7 +73,8 @@ pub struct Vsock {
     pub cid: u64,
     rx: Queue,
     tx: Queue,
-    _events: Queue,
+    events: Queue,
+    event: &'static mut [u8],
     rx_memory: &'static mut [u8],
     tx_memory: &'static mut [u8],
     /// Receive buffer of each chain head.
@@ -85,13 +86,15 @@ impl Vsock {
         let device = find(19).next().ok_or("no vsock device")?;
         device.negotiate(0)?;
         let (rx, tx, mut events) = (device.queue(0)?, device.queue(1)?, device.queue(2)?);
-        events.push(&[(memory::allocate(64).as_ptr() as u64, 8, true)]);
+        let event = memory::allocate(64);
+        events.push(&[(event.as_ptr() as u64, 8, true)]);
         let cid = device.config64(0);
         let mut vsock = Self {
             cid,
             rx,
             tx,
-            _events: events,
+            events,
+            event,
             rx_memory: memory::allocate(RX_BUFFERS * 8192),
             tx_memory: memory::allocate(HEADER + TX_PAYLOAD),
             rx_of_head: [0; super::SIZE],
@@ -112,6 +115,16 @@ impl Vsock {
             self.rx.push(&[(at, RX_SIZE as u32, true)])
         };
         self.rx_of_head[usize::from(head)] = buffer;
+    }
+
+    /// The next event's number.
+    pub fn event(&mut self) -> Option<u32> {
+        self.events.pop()?;
+        // SAFETY: the device has written it.
+        let number = unsafe { self.event.as_ptr().cast::<u32>().read_volatile() };
+        self.events.push(&[(self.event.as_ptr() as u64, 8, true)]);
+        self.events.kick();
+        Some(number)
     }
 
     /// The next packet, copied into `payload`.

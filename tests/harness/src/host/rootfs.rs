@@ -4,6 +4,7 @@
 //! The mirror is the one that the machine's own apt uses.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::cache;
 
 /// Changes when the recipe below changes in a way that its constants do not show.
-const RECIPE: &str = "5";
+const RECIPE: &str = "6";
 /// Suite of the base: its containerd (1.7), runc and kernel.
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
@@ -27,8 +28,10 @@ const PACKAGES: &[&str] = &[
     "iptables",
     "kmod",
     "linux-image-cloud-amd64",
+    "nftables",
     "procps",
     "runc",
+    "tcpdump",
     "tini",
     "util-linux",
 ];
@@ -104,9 +107,11 @@ fn make(repository: &Path, draft: &Path) -> Result<()> {
     }
 
     eprintln!("test bed: 4/4 disk image");
-    for directory in ["opt/payload", "results"] {
+    for directory in ["opt/payload", "opt/cni", "etc/cni/net.d", "results"] {
         fs::create_dir_all(root.join(directory))?;
     }
+    // Debian's plugins, where clients look for them.
+    symlink("/usr/lib/cni", root.join("opt/cni/bin"))?;
     fs::write(root.join("etc/hostname"), "ground\n")?;
     fs::write(root.join("etc/hosts"), "127.0.0.1 localhost ground\n")?;
     make_disk(&root, &draft.join("disk.img"), DISK_SIZE)?;

@@ -12,7 +12,21 @@ use nix::mount::{MsFlags, mount};
 use crate::job::{CHECKOUT, NOT_INSTALLED, PAYLOAD};
 
 /// Modules that a ground uses.
-pub(crate) const MODULES: &[&str] = &["overlay", "kvm_amd", "kvm_intel", "tun", "veth", "loop", "erofs"];
+pub(crate) const MODULES: &[&str] = &[
+    "overlay",
+    "kvm_amd",
+    "kvm_intel",
+    "tun",
+    "veth",
+    "loop",
+    "erofs",
+    // What joins an interface to a machine. Further kinds of links and netfilter's parts come when they are
+    // asked for.
+    "sch_ingress",
+    "cls_u32",
+    "act_mirred",
+    "bridge",
+];
 
 const SETTINGS: &str = "/etc/spore/config.toml";
 /// Boots take seconds where the outer machine's CPU is emulated: twice the default.

@@ -1,15 +1,18 @@
 //! x86_64: see the modules for the parts. The entry points are, in the order of use,
 //! [`check_host`], [`prepare_vm`], [`load_image`], [`write_firmware_tables`] and
-//! [`CpuModel::apply`].
+//! [`CpuModel::apply`]; for a snapshot [`save_vcpu`] and [`save_platform`], and their counterparts.
 
 mod acpi;
 mod boot;
 mod cpuid;
 mod elf;
+mod features;
 mod image;
 pub mod layout;
 mod msr;
 mod regs;
+mod state;
+mod xsave;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KvmIrqRouting, kvm_irq_routing_entry,
@@ -19,8 +22,13 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use acpi::{MmioDescription, Platform, write_firmware_tables};
 pub use boot::load_image;
+pub use features::Mismatch;
 pub use image::ImageError;
 pub use regs::{Entry, describe_registers};
+pub use state::{
+    PlatformState, RestoreStateError, SaveList, SaveStateError, VcpuState, restore_platform, restore_vcpu,
+    save_platform, save_vcpu,
+};
 
 use crate::memory::GuestRam;
 

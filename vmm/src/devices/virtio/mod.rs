@@ -8,12 +8,13 @@
 //! register reads and writes, which come from vCPU threads under the same lock.
 //!
 //! Devices know guest memory and [`Interrupt`]; they never see KVM. The transport holds the
-//! lock order: transport (one per device) → device handle ([`blk::BlkHandle`], [`fs::FsHandle`]). An
+//! lock order: transport (one per device) → device handle ([`blk::BlkHandle`], [`fs::FsHandle`], [`net::NetHandle`]). An
 //! [`Interrupt`] takes no lock.
 
 pub mod balloon;
 pub mod blk;
 pub mod fs;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod subscriber;
@@ -25,10 +26,12 @@ pub mod vsock;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 /// Raises a device's interrupt line. Implemented over irqfd; tests use their own.
 pub trait Interrupt: Send + Sync {
@@ -83,6 +86,10 @@ impl Pending {
         Self(self.0 | other.0)
     }
 
+    pub fn without(self, index: u16) -> Self {
+        Self(self.0 & !Self::queue(index).0)
+    }
+
     pub fn contains(self, index: u16) -> bool {
         self.0 & Self::queue(index).0 != 0
     }
@@ -95,10 +102,27 @@ fn read_space(config: &[u8], offset: u64, data: &mut [u8]) {
     data[..len].copy_from_slice(&config[start..start + len]);
 }
 
-/// One virtio device. Life cycle: created → (activate → process* → reset)*.
-/// Save, restore and quiescence are the loop's: nothing is in flight between calls.
+/// How far a queue has been worked off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingPosition {
+    /// The next chain of the available ring to take.
+    pub next_available: u16,
+    /// The next entry of the used ring to fill.
+    pub next_used: u16,
+}
+
+/// What [`VirtioDevice::save`] gives: of the queues the positions alone, the rest is the transport's.
+#[derive(Debug)]
+pub struct Saved {
+    /// Of all active queues, in order; empty for a device that is not active.
+    pub positions: Vec<RingPosition>,
+    pub own: PartState,
+}
+
+/// One virtio device. Life cycle: created → [restore →] (activate → process* → reset)*.
+/// Quiescence is the loop's: nothing is in flight between calls, so a device can be saved between any two.
 pub trait VirtioDevice: Send {
-    /// Virtio device id (section 5): 2 block, 4 entropy, 5 balloon, 19 socket, 26 file system.
+    /// Virtio device id (section 5): 1 network, 2 block, 4 entropy, 5 balloon, 19 socket, 26 file system.
     fn device_type(&self) -> u32;
     /// Short name for logs: `blk-ro0`, `vsock`, `rng`.
     fn name(&self) -> &str;
@@ -122,6 +146,11 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError>;
     /// The driver wrote 0 to Status; drop queues and guest-visible state.
     fn reset(&mut self);
+    /// The device's state between two calls; it goes on as before.
+    fn save(&self) -> Result<Saved, SaveError>;
+    /// Takes up what [`Self::save`] gave as `own`, in a new device that has what the host attaches to it. If the saved device
+    /// was active, `activate` follows, with queues at the saved positions.
+    fn restore(&mut self, own: &PartState) -> Result<(), RestoreError>;
     /// The guest rang queue `index`. Does a bounded amount of work.
     fn process_queue(&mut self, index: u16) -> Result<Pending, DeviceError>;
     /// Descriptors to watch now. Asked after every call into the device, so it must be cheap.

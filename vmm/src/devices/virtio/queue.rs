@@ -6,10 +6,13 @@
 //! the difference is told. Framing is free, as the specification asks (2.7.4.1): a device
 //! sees bytes, not descriptors.
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory, VolatileSlice};
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
 
-use super::DeviceError;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
+
+use super::{DeviceError, RingPosition};
 use crate::memory::{Gpa, GuestRam};
 
 /// The buffers of one direction of a chain, in order.
@@ -130,16 +133,27 @@ pub struct DeviceQueue {
     queue: Queue,
     index: u16,
     device: &'static str,
+    /// Chains that were returned since [`Self::needs_interrupt`] was asked last.
+    returned: Wrapping<u16>,
 }
 
 impl DeviceQueue {
     pub fn new(queue: Queue, index: u16, device: &'static str) -> Self {
-        Self { queue, index, device }
+        Self { queue, index, device, returned: Wrapping(0) }
     }
 
     /// An error of the driver on this queue.
     pub fn driver_error(&self, detail: impl std::fmt::Display) -> DeviceError {
         DeviceError::Driver { device: self.device, detail: format!("queue {}: {detail}", self.index) }
+    }
+
+    /// Where it stands, of the chains that were popped and not returned `held` counted as not popped.
+    pub fn position(&self, held: usize) -> RingPosition {
+        let held = Wrapping(u16::try_from(held).unwrap_or(0));
+        RingPosition {
+            next_available: (Wrapping(self.queue.next_avail()) - held).0,
+            next_used: self.queue.next_used(),
+        }
     }
 
     pub fn size(&self) -> u16 {
@@ -164,13 +178,38 @@ impl DeviceQueue {
         memory: &'m GuestRam,
         mut note: impl FnMut(Gpa, usize, bool),
     ) -> Result<Option<Chain<'m>>, DeviceError> {
+        let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+        let head = self.pop_each(memory, |address, len, is_writable| {
+            let part = if is_writable {
+                &mut writable
+            } else if writable.is_empty() {
+                &mut readable
+            } else {
+                return Err("has a readable descriptor after a writable one".to_owned());
+            };
+            note(address, len, is_writable);
+            for slice in memory.get_slices(address, len) {
+                part.push(slice.map_err(|error| outside(address, len, &error))?);
+            }
+            Ok(())
+        })?;
+        Ok(head.map(|head| Chain { head, readable, writable }))
+    }
+
+    /// As [`Self::pop`], for a device that keeps the buffers in a form of its own: `each` gets the
+    /// address and length of one after the other, unchecked and in any order of directions, and
+    /// whether the device may write there. What `each` finds wrong is an error of the driver.
+    pub fn pop_each(
+        &mut self,
+        memory: &GuestRam,
+        mut each: impl FnMut(Gpa, usize, bool) -> Result<(), String>,
+    ) -> Result<Option<u16>, DeviceError> {
         let next = match self.queue.iter(memory) {
             Ok(mut heads) => heads.next(),
             Err(error) => return Err(self.driver_error(error)),
         };
         let Some(mut descriptors) = next else { return Ok(None) };
         let head = descriptors.head_index();
-        let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
         let (mut count, mut more) = (0u16, true);
         for descriptor in descriptors.by_ref() {
             count += 1;
@@ -181,35 +220,15 @@ impl DeviceQueue {
                 )));
             }
             more = descriptor.has_next();
-            let part = if descriptor.is_write_only() {
-                &mut chain.writable
-            } else if chain.writable.is_empty() {
-                &mut chain.readable
-            } else {
-                return Err(self.driver_error(format_args!(
-                    "chain {head} has a readable descriptor after a writable one"
-                )));
-            };
-            note(descriptor.addr(), descriptor.len() as usize, descriptor.is_write_only());
-            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                match slice {
-                    Ok(slice) => part.push(slice),
-                    Err(error) => {
-                        return Err(self.driver_error(format_args!(
-                            "chain {head}: buffer {:#x}+{:#x} is outside guest memory: {error}",
-                            descriptor.addr().0,
-                            descriptor.len()
-                        )));
-                    }
-                }
-            }
+            each(descriptor.addr(), descriptor.len() as usize, descriptor.is_write_only())
+                .map_err(|what| self.driver_error(format_args!("chain {head} {what}")))?;
         }
         if more {
             // Nothing at all, or an end that announces another descriptor: a loop, an index
             // beyond the table, an unreadable or nested indirect table, more than 4 GiB.
             return Err(self.driver_error(format_args!("chain {head} is broken after {count} descriptors")));
         }
-        Ok(Some(chain))
+        Ok(Some(head))
     }
 
     /// Gives the chain that was popped last back, unused.
@@ -219,8 +238,31 @@ impl DeviceQueue {
 
     /// Returns a chain to the driver; `written` bytes of its writable part were filled.
     pub fn complete(&mut self, memory: &GuestRam, head: u16, written: usize) -> Result<(), DeviceError> {
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        self.queue.add_used(memory, head, written).map_err(|error| self.driver_error(error))
+        self.complete_all(memory, &[(head, written)])
+    }
+
+    /// Returns chains, heads and written bytes, which the driver sees all at once. No more of them
+    /// than the queue has entries.
+    pub fn complete_all(&mut self, memory: &GuestRam, chains: &[(u16, usize)]) -> Result<(), DeviceError> {
+        let size = self.queue.size();
+        let ring = self.queue.used_ring();
+        let mut next = Wrapping(self.queue.next_used());
+        for &(head, written) in chains {
+            if head >= size {
+                return Err(self.driver_error(format_args!("chain {head} is beyond the queue's {size}")));
+            }
+            // An entry is the head and the length, 32 bits each.
+            let written = u64::from(u32::try_from(written).unwrap_or(u32::MAX));
+            let entry = u64::from(head) | written << 32;
+            let at = ring + 4 + 8 * u64::from(next.0 % size);
+            memory.write_obj(entry.to_le(), GuestAddress(at)).map_err(|error| self.driver_error(error))?;
+            next += 1;
+            self.returned += 1;
+        }
+        self.queue.set_next_used(next.0);
+        memory
+            .store(next.0.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(|error| self.driver_error(error))
     }
 
     /// Tells the driver that notifications are not needed for now.
@@ -235,14 +277,23 @@ impl DeviceQueue {
 
     /// Whether the driver wants an interrupt for what was completed since the last call.
     pub fn needs_interrupt(&mut self, memory: &GuestRam) -> Result<bool, DeviceError> {
-        // `virtio-queue` leaves VRING_AVAIL_F_NO_INTERRUPT to the caller.
-        if !self.queue.event_idx_enabled() {
-            let flags: u16 = memory
-                .read_obj(vm_memory::GuestAddress(self.queue.avail_ring()))
-                .map_err(|error| self.driver_error(error))?;
-            return Ok(u16::from_le(flags) & 1 == 0);
+        let returned = std::mem::take(&mut self.returned);
+        if returned == Wrapping(0) {
+            return Ok(false);
         }
-        self.queue.needs_notification(memory).map_err(|error| self.driver_error(error))
+        // What was returned is visible before the driver's wish is read (2.7.7.1): it writes the
+        // wish, and looks for more after that.
+        fence(Ordering::SeqCst);
+        let ring = self.queue.avail_ring();
+        let read = |at: u64| memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map(u16::from_le);
+        if !self.queue.event_idx_enabled() {
+            let flags = read(ring).map_err(|error| self.driver_error(error))?;
+            return Ok(flags & 1 == 0);
+        }
+        let event = read(ring + 4 + 2 * u64::from(self.queue.size()));
+        let event = Wrapping(event.map_err(|error| self.driver_error(error))?);
+        let next = Wrapping(self.queue.next_used());
+        Ok(next - event - Wrapping(1) < returned)
     }
 }
 
@@ -262,9 +313,14 @@ pub fn validate(queue: &Queue, memory: &GuestRam) -> Result<(), String> {
         if base == 0 {
             return Err(format!("its {name} has address 0"));
         }
-        if !memory.check_range(vm_memory::GuestAddress(base), len) {
+        if !memory.check_range(GuestAddress(base), len) {
             return Err(format!("its {name} at {base:#x}+{len:#x} is not wholly inside guest memory"));
         }
     }
     Ok(())
+}
+
+/// What is wrong with a buffer that is not wholly guest memory.
+pub fn outside(address: Gpa, len: usize, error: &dyn std::fmt::Display) -> String {
+    format!("has buffer {:#x}+{len:#x}, which is outside guest memory: {error}", address.0)
 }

@@ -9,8 +9,9 @@ use virtio_queue::Queue;
 
 use super::queue::DeviceQueue;
 use super::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
-use super::{ActiveContext, DeviceError, Pending, VirtioDevice};
+use super::{ActiveContext, DeviceError, Pending, Saved, VirtioDevice};
 use crate::backend::entropy;
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 const DEVICE: &str = "rng";
 const DEVICE_TYPE: u32 = 4;
@@ -63,6 +64,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn save(&self) -> Result<Saved, SaveError> {
+        let positions = self.active.iter().map(|(_, queue)| queue.position(0)).collect();
+        Ok(Saved { positions, own: PartState::none() })
+    }
+
+    fn restore(&mut self, own: &PartState) -> Result<(), RestoreError> {
+        own.check_version(DEVICE, 1)
     }
 
     fn process_queue(&mut self, _index: u16) -> Result<Pending, DeviceError> {

@@ -11,6 +11,7 @@
 
 mod interrupt;
 mod registers;
+mod state;
 #[cfg(test)]
 mod tests;
 

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use containerd_shim_spore::probe::Lack;
 use nix::sys::statvfs::statvfs;
 
 use super::{Bad, INSTALL, bad};
@@ -66,6 +67,11 @@ pub(super) fn cgroups() -> Result<String, Bad> {
             "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 cgroup2 /sys/fs/cgroup",
         ),
     }
+}
+
+/// What trying to join an interface has come to.
+pub(super) fn network(tried: Result<String, Lack>) -> Result<String, Bad> {
+    tried.or_else(|Lack { found, mend }| bad(found, mend))
 }
 
 /// A file that is configured.

@@ -6,10 +6,13 @@ use anyhow::{Result, ensure};
 use spore_harness::bed::Subject;
 
 use super::{Container, equal};
-use crate::cases::Case;
+use crate::cases::{Case, Difference};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("docker: diff of a stopped container", diff).starts(1),
+    Case::new("docker: diff of a running container", diff_running).starts(1).differs(
+        "what a container writes reaches the engine when it is paused or ends; `docker commit` pauses",
+    ),
     Case::new("docker: commit of a running container, and of the same stopped", commit).starts(3),
     Case::new("docker: cp from and to a stopped container, which starts with it", copy).starts(2),
 ];
@@ -27,6 +30,17 @@ fn diff(subject: &Subject) -> Result<()> {
     for line in ["A /made", "A /made/file", "C /etc", "C /etc/passwd", "D /etc/group", "D /var"] {
         ensure!(text.lines().any(|found| found == line), "{line:?} is not in {text:?}");
     }
+    Ok(())
+}
+
+fn diff_running(subject: &Subject) -> Result<()> {
+    let container = Container::start(subject, &[], &["sh", "-c", "sleep 1000"])?;
+    container.shell("mkdir /made")?;
+    let text = container.must("diff", &[])?;
+    if subject.is_spore() && text.trim().is_empty() {
+        return Err(Difference.into());
+    }
+    ensure!(text.lines().any(|found| found == "A /made"), "{text:?}");
     Ok(())
 }
 

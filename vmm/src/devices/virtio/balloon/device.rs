@@ -5,12 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::Queue;
 
+use super::state::{BalloonStateV1, VERSION};
 use super::{pages, spec};
 use crate::api::BalloonMetrics;
 use crate::devices::virtio::queue::DeviceQueue;
-use crate::devices::virtio::{ActiveContext, DeviceError, Interrupt, Pending, VirtioDevice, read_space};
+use crate::devices::virtio::{
+    ActiveContext, DeviceError, Interrupt, Pending, Saved, VirtioDevice, read_space,
+};
 use crate::log::Limited;
 use crate::memory::Discard;
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 const DEVICE: &str = "balloon";
 /// Memory given back in one call before other devices get their turn. Freeing it costs the host
@@ -70,8 +74,8 @@ impl BalloonHandle {
 pub struct Balloon {
     shared: Arc<Mutex<Shared>>,
     active: Option<(ActiveContext, Vec<DeviceQueue>)>,
-    /// Made at the first activation and kept: a reset changes nothing about what RAM consists of.
-    discard: Option<Discard>,
+    /// Given, or made at the first activation, and kept: a reset changes nothing about what RAM consists of.
+    discard: Option<Arc<Mutex<Discard>>>,
     warnings: Warnings,
 }
 
@@ -98,6 +102,11 @@ impl std::fmt::Debug for Balloon {
 impl Balloon {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A balloon that shares the book of what its guest's RAM consists of. Lock order: transport → this.
+    pub fn with_discard(discard: Arc<Mutex<Discard>>) -> Self {
+        Self { discard: Some(discard), ..Self::default() }
     }
 
     pub fn handle(&self) -> BalloonHandle {
@@ -235,7 +244,7 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, context: ActiveContext, queues: Vec<Queue>) -> Result<(), DeviceError> {
         if self.discard.is_none() {
-            self.discard = Some(Discard::new(&context.memory));
+            self.discard = Some(Arc::new(Mutex::new(Discard::new(&context.memory))));
         }
         let queues = (0u16..).zip(queues).map(|(index, queue)| DeviceQueue::new(queue, index, DEVICE));
         self.active = Some((context, queues.collect()));
@@ -247,10 +256,26 @@ impl VirtioDevice for Balloon {
         lock(&self.shared).actual = 0;
     }
 
+    fn save(&self) -> Result<Saved, SaveError> {
+        let queues = self.active.iter().flat_map(|(_, queues)| queues);
+        let positions = queues.map(|queue| queue.position(0)).collect();
+        let shared = lock(&self.shared);
+        let state = BalloonStateV1 { target_pages: shared.target, actual_pages: shared.actual };
+        Ok(Saved { positions, own: PartState::new(DEVICE, VERSION, &state)? })
+    }
+
+    fn restore(&mut self, own: &PartState) -> Result<(), RestoreError> {
+        let BalloonStateV1 { target_pages, actual_pages } = own.read(DEVICE, VERSION)?;
+        let mut shared = lock(&self.shared);
+        (shared.target, shared.actual) = (target_pages, actual_pages);
+        Ok(())
+    }
+
     fn process_queue(&mut self, index: u16) -> Result<Pending, DeviceError> {
-        let (Some((context, queues)), Some(discard)) = (&mut self.active, &mut self.discard) else {
+        let (Some((context, queues)), Some(discard)) = (&mut self.active, &self.discard) else {
             return Ok(Pending::NONE);
         };
+        let discard = &mut *discard.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(queue) = queues.get_mut(usize::from(index)) else { return Ok(Pending::NONE) };
         let (mut spent, mut completed) = (0, false);
         let pending = loop {

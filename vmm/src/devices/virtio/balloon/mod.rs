@@ -17,6 +17,7 @@
 mod device;
 mod pages;
 mod spec;
+mod state;
 #[cfg(test)]
 mod tests;
 

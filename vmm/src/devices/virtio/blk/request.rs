@@ -9,7 +9,7 @@ use std::io;
 use super::device::Slot;
 use super::metrics;
 use super::spec::{self, Status, kind};
-use crate::backend::disk::{self, RawDisk, SECTOR};
+use crate::backend::disk::{self, Disk, SECTOR};
 use crate::devices::virtio::queue::{Buffers, Chain};
 use crate::log::Limited;
 
@@ -98,7 +98,7 @@ struct Request<'m> {
 }
 
 /// Byte offset of a range of sectors that lies on the disk.
-fn on_disk(disk: &RawDisk, sector: u64, sectors: u64) -> Result<u64, Fault> {
+fn on_disk(disk: &Disk, sector: u64, sectors: u64) -> Result<u64, Fault> {
     match sector.checked_add(sectors) {
         Some(end) if end <= disk.sectors() => Ok(sector * SECTOR),
         _ => Err(Fault::Bad("range ends beyond the disk")),
@@ -106,7 +106,7 @@ fn on_disk(disk: &RawDisk, sector: u64, sectors: u64) -> Result<u64, Fault> {
 }
 
 /// The same for a range of bytes, which must be whole sectors.
-fn bytes_on_disk(disk: &RawDisk, sector: u64, bytes: usize) -> Result<u64, Fault> {
+fn bytes_on_disk(disk: &Disk, sector: u64, bytes: usize) -> Result<u64, Fault> {
     let bytes = bytes as u64;
     if !bytes.is_multiple_of(SECTOR) {
         return Err(Fault::Bad("length is not a multiple of 512"));
@@ -119,12 +119,13 @@ fn bytes_on_disk(disk: &RawDisk, sector: u64, bytes: usize) -> Result<u64, Fault
 
 impl Request<'_> {
     /// The number of bytes moved.
-    fn run(&self, slot: &Slot) -> Result<usize, Fault> {
+    fn run(&self, slot: &mut Slot) -> Result<usize, Fault> {
         if self.kind == kind::GET_ID {
             return self.get_id(&slot.serial);
         }
-        let disk = slot.disk.as_ref().ok_or(Fault::NoDisk)?;
-        let writable = || if slot.read_only { Err(Fault::Bad("the disk is read-only")) } else { Ok(()) };
+        let read_only = slot.read_only;
+        let disk = slot.disk.as_mut().ok_or(Fault::NoDisk)?;
+        let writable = || if read_only { Err(Fault::Bad("the disk is read-only")) } else { Ok(()) };
         match self.kind {
             kind::IN => {
                 let offset = bytes_on_disk(disk, self.sector, self.into.len())?;
@@ -139,7 +140,7 @@ impl Request<'_> {
                 Ok(moved)
             }
             // A read-only disk has nothing to flush.
-            kind::FLUSH if slot.read_only => Ok(0),
+            kind::FLUSH if read_only => Ok(0),
             kind::FLUSH => disk.flush().map(|()| 0).map_err(|error| Fault::Host("flush", error)),
             kind::DISCARD | kind::WRITE_ZEROES => {
                 writable()?;
@@ -154,7 +155,7 @@ impl Request<'_> {
     }
 
     /// A driver that does not know FLUSH relies on every write being durable (5.2.6.2).
-    fn write_through(&self, disk: &RawDisk) -> Result<(), Fault> {
+    fn write_through(&self, disk: &mut Disk) -> Result<(), Fault> {
         if self.features & spec::F_FLUSH != 0 {
             return Ok(());
         }
@@ -172,7 +173,7 @@ impl Request<'_> {
     }
 
     /// Discard and write-zeroes: all ranges are checked before the first is touched.
-    fn clear(&self, disk: &RawDisk) -> Result<usize, Fault> {
+    fn clear(&self, disk: &mut Disk) -> Result<usize, Fault> {
         let discard = self.kind == kind::DISCARD;
         let (feature, max_sectors, max_ranges) = if discard {
             (spec::F_DISCARD, spec::MAX_DISCARD_SECTORS, spec::MAX_RANGES)

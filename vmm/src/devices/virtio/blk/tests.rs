@@ -24,7 +24,7 @@ fn disk(sectors: u64) -> File {
 fn attached(file: File, read_only: bool) -> (Driver, BlkHandle) {
     let device = Blk::new("rw0".into(), read_only);
     let handle = device.handle();
-    handle.attach(file).unwrap();
+    handle.attach(file, Vec::new()).unwrap();
     (Driver::new(device), handle)
 }
 
@@ -256,7 +256,7 @@ fn bad_ranges_change_nothing() {
 #[test]
 fn discard_needs_its_feature() {
     let device = Blk::new("rw0".into(), false);
-    device.handle().attach(disk(8)).unwrap();
+    device.handle().attach(disk(8), Vec::new()).unwrap();
     let mut driver = Driver::with_features(device, !(spec::F_DISCARD | RING_FEATURES));
     driver.fill(DATA, &range(0, 1, 0));
     assert_eq!(request(&mut driver, kind::DISCARD, 0, 16).0, UNSUPP);
@@ -287,12 +287,12 @@ fn an_empty_slot_answers_and_takes_a_disk_while_running() {
     }
     assert_eq!(request(&mut driver, kind::GET_ID, 0, 20).0, OK);
     let generation = driver.read(0xfc);
-    handle.attach(disk(10)).unwrap();
+    handle.attach(disk(10), Vec::new()).unwrap();
     assert_eq!(driver.interrupt(), Some(2));
     assert_ne!(driver.read(0xfc), generation);
     assert_eq!(capacity(&mut driver), 10);
     assert_eq!(request(&mut driver, kind::IN, 0, 512).0, OK);
-    assert!(matches!(handle.attach(disk(10)), Err(AttachError::Occupied { .. })));
+    assert!(matches!(handle.attach(disk(10), Vec::new()), Err(AttachError::Occupied { .. })));
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn a_disk_attached_between_probe_and_driver_ok_is_announced() {
     driver.negotiate(!0);
     driver.set_up_queues();
     assert_eq!(capacity(&mut driver), 0);
-    handle.attach(disk(10)).unwrap();
+    handle.attach(disk(10), Vec::new()).unwrap();
     assert_eq!(driver.interrupt(), None);
     driver.add_status(status::DRIVER_OK);
     assert_eq!(driver.interrupt(), Some(2));
@@ -315,7 +315,7 @@ fn unfit_files_are_refused_with_the_reason() {
     let path = directory.path().join("disk");
     std::fs::write(&path, [0; 1024]).unwrap();
     let attach = |read_only, file: File| {
-        Blk::new("x".into(), read_only).handle().attach(file).map_err(|e| e.to_string())
+        Blk::new("x".into(), read_only).handle().attach(file, Vec::new()).map_err(|e| e.to_string())
     };
     let open = |read, write| OpenOptions::new().read(read).write(write).open(&path).unwrap();
     assert!(attach(true, open(true, false)).is_ok());

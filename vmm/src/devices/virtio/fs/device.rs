@@ -14,8 +14,9 @@ use crate::api::FsMetrics;
 use crate::backend::unix_socket::Stream;
 use crate::devices::virtio::queue::{DeviceQueue, HeldChain};
 use crate::devices::virtio::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
-use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch, read_space};
+use crate::devices::virtio::{ActiveContext, DeviceError, Pending, Saved, VirtioDevice, Watch, read_space};
 use crate::log::{self, Limited};
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 const DEVICE: &str = "fs";
 
@@ -295,6 +296,21 @@ impl VirtioDevice for Fs {
         self.connections = idle;
         Vec::into_iter(busy).for_each(|connection| self.close(connection));
         self.count_in_flight();
+    }
+
+    fn save(&self) -> Result<Saved, SaveError> {
+        let queues = self.active.iter().flat_map(|active| &active.queues);
+        let positions = queues.map(|queue| queue.position(0)).collect();
+        if lock(&self.slot).in_flight > 0 {
+            let detail = "requests are with the file server".to_owned();
+            return Err(SaveError { part: DEVICE.to_owned(), detail });
+        }
+        Ok(Saved { positions, own: PartState::none() })
+    }
+
+    /// The server is another one, whose own state is its own.
+    fn restore(&mut self, own: &PartState) -> Result<(), RestoreError> {
+        own.check_version(DEVICE, 1)
     }
 
     fn process_queue(&mut self, _index: u16) -> Result<Pending, DeviceError> {

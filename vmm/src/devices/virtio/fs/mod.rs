@@ -12,7 +12,8 @@
 //! of requests in flight.
 //!
 //! Without a server every request is answered with ENOTCONN; what a server that goes away
-//! leaves unanswered, with EIO. Bytes go from and to guest memory without a copy, never
+//! leaves unanswered, with EIO. Nothing is saved but the queues: in a pause what was asked is answered first.
+//!  Bytes go from and to guest memory without a copy, never
 //! blocking, on the event-loop thread.
 
 mod connection;

@@ -60,6 +60,24 @@ impl IrqLine {
         self.status.store(0, Ordering::SeqCst);
     }
 
+    pub(super) fn config_waits(&self) -> bool {
+        self.config_waits.load(Ordering::SeqCst)
+    }
+
+    /// Before [`Self::set_live`]: nothing is sent.
+    pub(super) fn restore(&self, status: u32, generation: u32, config_waits: bool) {
+        self.status.store(status & (USED | CONFIG), Ordering::SeqCst);
+        self.generation.store(generation, Ordering::SeqCst);
+        self.config_waits.store(config_waits, Ordering::SeqCst);
+    }
+
+    /// Sends what the guest has not acknowledged once more.
+    pub(super) fn raise_again(&self, status: u32) {
+        if self.live.load(Ordering::SeqCst) && status & (USED | CONFIG) != 0 {
+            self.raise(status & (USED | CONFIG));
+        }
+    }
+
     fn raise(&self, bit: u32) {
         // The bit first: the handler that the line starts must find it.
         self.status.fetch_or(bit, Ordering::SeqCst);

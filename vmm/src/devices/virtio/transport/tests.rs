@@ -3,6 +3,8 @@ use super::super::rng::Rng;
 use super::super::testing::{DATA, Driver, RING_FEATURES, memory, writable};
 use super::*;
 use crate::bus::MmioDevice;
+use crate::devices::virtio::Saved;
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 #[test]
 fn identifies_itself() {
@@ -237,6 +239,12 @@ fn a_queue_size_that_is_no_power_of_two_is_refused() {
             Ok(())
         }
         fn reset(&mut self) {}
+        fn save(&self) -> Result<Saved, SaveError> {
+            Ok(Saved { positions: Vec::new(), own: PartState::none() })
+        }
+        fn restore(&mut self, _: &PartState) -> Result<(), RestoreError> {
+            Ok(())
+        }
         fn process_queue(&mut self, _: u16) -> Result<Pending, DeviceError> {
             Ok(Pending::NONE)
         }

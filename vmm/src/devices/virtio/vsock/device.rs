@@ -14,7 +14,8 @@ use super::spec::{self, EVENT, HEADER, Header, RX, TX};
 use crate::api::VsockMetrics;
 use crate::devices::virtio::queue::DeviceQueue;
 use crate::devices::virtio::transport::{F_EVENT_IDX, F_INDIRECT_DESC};
-use crate::devices::virtio::{ActiveContext, DeviceError, Pending, VirtioDevice, Watch, read_space};
+use crate::devices::virtio::{ActiveContext, DeviceError, Pending, Saved, VirtioDevice, Watch, read_space};
+use crate::snapshot::contract::{PartState, RestoreError, SaveError};
 
 const DEVICE: &str = "vsock";
 /// Packets per call and direction before other devices get their turn. One call sees a whole
@@ -287,6 +288,20 @@ impl VirtioDevice for Vsock {
         self.muxer.set_active(false);
         self.tx_stalled = false;
         self.reset_due = false;
+    }
+
+    /// Connections are left out: they end with the restore.
+    fn save(&self) -> Result<Saved, SaveError> {
+        let queues = self.active.iter().flat_map(|active| [&active.rx, &active.tx, &active.event]);
+        let positions = queues.map(|queue| queue.position(0)).collect();
+        Ok(Saved { positions, own: PartState::none() })
+    }
+
+    /// Has the guest told that its connections are gone, as soon as it runs and has a buffer for that.
+    fn restore(&mut self, own: &PartState) -> Result<(), RestoreError> {
+        own.check_version(DEVICE, 1)?;
+        self.reset_due = true;
+        Ok(())
     }
 
     fn process_queue(&mut self, index: u16) -> Result<Pending, DeviceError> {

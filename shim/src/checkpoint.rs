@@ -1,0 +1,224 @@
+//! Checkpoints as containerd's clients see them: a directory that Checkpoint fills and Create is given, with a snapshot
+//! in it that has all that it needs (`snapshot::export_directory`). On this host the snapshot is in the store as well, where
+//! Create finds it again without reading the directory's layers.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+
+use crate::config::Machine;
+use crate::error::Error;
+use crate::snapshot::manifest::{FILE, LayerKind, Purpose};
+use crate::snapshot::{
+    ImportError, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
+};
+
+/// The name of [`CheckpointOptions`], which clients send whatever the runtime is.
+const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
+/// Most files of a checkpoint: more than a VMM can be given at once.
+const MOST_LAYERS: usize = 200;
+/// What may come into the store: it leaves so much room on the host's disk.
+const ADMITTED: Policy = Policy { quota: None, max_age: None, reserve: 512 << 20, only: None };
+/// The store's copy of a checkpoint serves to find it again quickly; the client has its own.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// What a container's snapshot says of it beside the VM's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Remembered {
+    /// The container's id in the guest.
+    pub(crate) guest_id: String,
+    pub(crate) terminal: bool,
+    pub(crate) memory_mib: u64,
+}
+
+const GUEST_ID: &str = "guest-id";
+const TERMINAL: &str = "terminal";
+const MEMORY_MIB: &str = "memory-mib";
+
+impl Remembered {
+    pub(crate) fn labels(&self) -> BTreeMap<String, String> {
+        let Self { guest_id, terminal, memory_mib } = self;
+        [(GUEST_ID, guest_id.clone()), (TERMINAL, terminal.to_string()), (MEMORY_MIB, memory_mib.to_string())]
+            .map(|(key, value)| (key.to_owned(), value))
+            .into()
+    }
+
+    fn of(labels: &BTreeMap<String, String>) -> Option<Self> {
+        Some(Self {
+            guest_id: labels.get(GUEST_ID)?.clone(),
+            terminal: labels.get(TERMINAL)?.parse().ok()?,
+            memory_mib: labels.get(MEMORY_MIB)?.parse().ok()?,
+        })
+    }
+}
+
+/// What a client wants beside the checkpoint itself.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    /// The task shall end with it.
+    pub(crate) exit: bool,
+    /// A directory for the checkpoint, beside the one that containerd names.
+    pub(crate) image_path: Option<PathBuf>,
+}
+
+impl Wishes {
+    /// Options of other types are somebody else's, and none are ours.
+    pub(crate) fn decode(options: Option<&Any>) -> Result<Self, Error> {
+        let Some(options) = options.filter(|any| any.type_url.rsplit('/').next() == Some(OPTIONS)) else {
+            return Ok(Self::default());
+        };
+        let decoded = CheckpointOptions::parse_from_bytes(&options.value)
+            .map_err(|error| Error::Invalid(format!("checkpoint: options: {error}")))?;
+        let image_path = (!decoded.image_path.is_empty()).then(|| PathBuf::from(decoded.image_path));
+        Ok(Self { exit: decoded.exit, image_path })
+    }
+}
+
+/// Runs work on the store elsewhere.
+pub(crate) async fn blocking<T: Send + 'static, E: Send + 'static + Into<Error>>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) => Err(Error::State(format!("snapshot: cut short in the shim: {error}"))),
+    }
+}
+
+/// Whether there is room for a snapshot of this machine, at worst.
+pub(crate) fn admit(store: &Store, machine: &Machine) -> Result<(), StoreError> {
+    prune(store)?;
+    store.admit(&ADMITTED, machine.memory_mib << 20)
+}
+
+fn prune(store: &Store) -> Result<(), StoreError> {
+    let aged = Policy { max_age: Some(KEPT), only: Some(Purpose::Checkpoint), ..Policy::default() };
+    store.prune(&aged, 0, SystemTime::now()).map(drop)
+}
+
+/// Where a checkpoint shall go: the directories that a client names, of which none has one yet.
+pub(crate) fn directories(path: String, image_path: Option<PathBuf>) -> Result<Vec<PathBuf>, Error> {
+    if path.is_empty() {
+        return Err(Error::Invalid("checkpoint: the request names no directory for it".into()));
+    }
+    let mut to = vec![PathBuf::from(path)];
+    to.extend(image_path.filter(|path| *path != to[0]));
+    match to.iter().find(|dir| dir.join(FILE).exists()) {
+        Some(taken) => Err(Error::State(format!(
+            "checkpoint: there is one in {} already; remove it or name another directory",
+            taken.display()
+        ))),
+        None => Ok(to),
+    }
+}
+
+/// Writes a snapshot of the store into directories of a client's.
+pub(crate) fn export(store: &Store, id: SnapshotId, to: &[PathBuf]) -> Result<(), StoreError> {
+    let snapshot = store.open(id)?;
+    for dir in to {
+        std::fs::create_dir_all(dir).map_err(StoreError::own("make", dir))?;
+        export_directory(&snapshot, dir)?;
+    }
+    Ok(())
+}
+
+/// A checkpoint that a task is going to be.
+pub(crate) struct Restored {
+    pub(crate) remembered: Remembered,
+    pub(crate) vcpus: u8,
+    pub(crate) state: File,
+    /// Memory layers by id.
+    pub(crate) memory: Vec<(String, File)>,
+    /// Read-only disks by serial.
+    pub(crate) lower: Vec<(String, File)>,
+    /// The writable one's serial and layers, from the bottom up.
+    pub(crate) writable: (String, Vec<File>),
+}
+
+impl Restored {
+    /// Takes the checkpoint in a directory into the store, if it is not there yet, and opens it.
+    pub(crate) fn import(store: &Store, dir: &Path) -> Result<Self, ImportError> {
+        prune(store)?;
+        let id = import_directory(store, dir, &ADMITTED)?;
+        let opened = store.open(id)?;
+        Self::new(&opened)
+    }
+
+    fn new(opened: &Opened) -> Result<Self, ImportError> {
+        let Opened { manifest, state, .. } = opened;
+        let unfit = |detail: &str| ImportError::Entry { name: FILE.into(), detail: detail.into() };
+        let remembered = Remembered::of(&manifest.labels)
+            .ok_or_else(|| unfit("it is no container's: labels are missing or malformed"))?;
+        if !crate::config::is_machine(manifest.vcpus, remembered.memory_mib)
+            || remembered.guest_id.is_empty()
+            || manifest.layers.len() > MOST_LAYERS
+        {
+            return Err(unfit("no machine of Spore's is like that"));
+        }
+        let copy = |file: &File| {
+            file.try_clone().map_err(|error| ImportError::Store(StoreError::own("open", "a layer")(error)))
+        };
+        let files: Vec<_> = opened.layers().collect();
+        let mut memory = Vec::new();
+        for (layer, file) in files.iter().filter(|(layer, _)| layer.kind == LayerKind::Memory) {
+            memory.push((layer.id.to_string(), copy(file)?));
+        }
+        let (mut lower, mut writable) = (Vec::new(), None);
+        for disk in &manifest.disks {
+            let mut layers = Vec::new();
+            for &at in &disk.layers {
+                let file = usize::try_from(at).ok().and_then(|at| files.get(at));
+                let (_, file) = file.ok_or_else(|| unfit("a disk without its layer"))?;
+                layers.push(copy(file)?);
+            }
+            match (disk.serial.starts_with("rw"), layers.len()) {
+                (true, _) if writable.is_none() => writable = Some((disk.serial.clone(), layers)),
+                (false, 1) => lower.extend(layers.into_iter().map(|file| (disk.serial.clone(), file))),
+                _ => return Err(unfit("disks that no container of Spore's has")),
+            }
+        }
+        let writable = writable.ok_or_else(|| unfit("there is no writable disk among its disks"))?;
+        let state = memory_file(state).map_err(StoreError::own("copy", "state.bin"))?;
+        Ok(Self { remembered, vcpus: manifest.vcpus, state, memory, lower, writable })
+    }
+}
+
+/// A file in memory: the VMM reads the bytes whose digest was checked.
+pub(crate) fn memory_file(bytes: &[u8]) -> std::io::Result<File> {
+    use std::io::{Seek, Write};
+    let mut file: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_snapshot_remembers_is_read_from_its_labels() {
+        let remembered = Remembered { guest_id: "web".into(), terminal: true, memory_mib: 256 };
+        let mut labels = remembered.labels();
+        assert_eq!(Remembered::of(&labels), Some(remembered));
+        labels.insert(MEMORY_MIB.into(), "much".into());
+        assert_eq!(Remembered::of(&labels), None);
+    }
+
+    #[test]
+    fn wishes_are_those_of_runcs_options() {
+        assert_eq!(Wishes::decode(None).unwrap(), Wishes::default());
+        let options =
+            CheckpointOptions { exit: true, image_path: "/there".into(), ..CheckpointOptions::default() };
+        let any = |name: &str, value| Any { type_url: name.into(), value, ..Any::default() };
+        let bytes = options.write_to_bytes().unwrap();
+        let wishes = Wishes::decode(Some(&any(OPTIONS, bytes.clone()))).unwrap();
+        assert_eq!(wishes, Wishes { exit: true, image_path: Some("/there".into()) });
+        assert_eq!(Wishes::decode(Some(&any("another.Options", bytes))).unwrap(), Wishes::default());
+        assert!(Wishes::decode(Some(&any(OPTIONS, vec![0xff]))).is_err());
+    }
+}

@@ -1,0 +1,289 @@
+//! A container's checkpoint: a snapshot of its VM with its disks, in the store, and what has to be known to make a
+//! container of it again.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
+use slog::{Logger, info, warn};
+
+use super::{Container, Phase, with_vm};
+use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
+use crate::error::Error;
+use crate::rootfs::{Layers, StagedLayer};
+use crate::snapshot::manifest::{Disk, LayerKind, Purpose};
+use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError};
+use crate::vm::{Destination, Saved, VmError};
+
+/// The disks of a container, as its checkpoints want them.
+pub(crate) struct HeldDisks {
+    /// Read-only ones by serial.
+    pub(crate) lower: Vec<(String, File)>,
+    /// The writable one's serial and files.
+    pub(crate) writable: String,
+    pub(crate) layers: Layers,
+}
+
+/// What a snapshot needs before the container stands still for it.
+struct Prepared {
+    draft: Draft,
+    state: File,
+    memory: File,
+    layer: SnapshotId,
+    /// The writable disk as it is going to be captured, from the bottom up.
+    captured: Vec<File>,
+    /// What it goes on in.
+    staged: StagedLayer,
+}
+
+/// A snapshot whose VM goes on, and which is being written.
+struct Taken {
+    draft: Draft,
+    state: File,
+    layer: SnapshotId,
+    saved: Saved,
+    captured: Vec<File>,
+}
+
+impl Container {
+    /// Takes a snapshot of the container, which stands still until it is taken, and goes on then unless it was paused or is to
+    /// `end`. Returns when the snapshot is in the store and in the directories, durable.
+    pub(crate) async fn checkpoint(
+        self: &Arc<Self>,
+        store: Store,
+        to: Vec<PathBuf>,
+        end: bool,
+    ) -> Result<(), Error> {
+        let (turn, taken) = self.stand_and_take(&store, end).await?;
+        // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
+        let turn = end.then_some(turn);
+        let written = async {
+            let id = self.finish(taken).await?;
+            let store = store.clone();
+            blocking(move || export(&store, id, &to)).await?;
+            Ok::<_, Error>(id)
+        };
+        let written = written.await;
+        if turn.is_some() && written.is_err() && self.phase() == Phase::Running {
+            // It has not come to its end: as if nothing had been asked.
+            self.thaw().await?;
+        }
+        let id = written?;
+        info!(self.log, "checkpoint"; "snapshot" => %id);
+        let turn = match turn {
+            Some(turn) => turn,
+            None => self.turn.lock().await,
+        };
+        if self.phase() != Phase::Deleted {
+            let (container_id, checkpoint) = (self.id.clone(), id.to_string());
+            self.events.send(TaskCheckpointed { container_id, checkpoint, ..Default::default() });
+        }
+        drop(turn);
+        if end {
+            match self.kill(libc::SIGKILL.unsigned_abs(), true).await {
+                Ok(()) | Err(Error::Finished) => {}
+                Err(error) => return Err(error),
+            }
+            self.wait().await;
+        }
+        Ok(())
+    }
+
+    /// Until the VM goes on, and with it the container unless it was paused or is to end.
+    async fn stand_and_take(
+        &self,
+        store: &Store,
+        end: bool,
+    ) -> Result<(tokio::sync::MutexGuard<'_, ()>, Taken), Error> {
+        // Before `turn`: nobody else takes both.
+        let mut disks = self.disks.lock().await;
+        self.check(self.phase())?;
+        let prepared = self.prepare(store, &mut disks.layers).await?;
+        let turn = self.turn.lock().await;
+        let phase = self.phase();
+        let frozen = match self.check(phase) {
+            Ok(()) if phase == Phase::Running => self.stand().await,
+            other => other,
+        };
+        if let Err(error) = frozen {
+            self.take_back(&mut disks.layers, prepared.staged).await;
+            return Err(error);
+        }
+        let taken = self.take(prepared, &mut disks).await;
+        if phase == Phase::Running && (taken.is_err() || !end) {
+            self.thaw().await?;
+        }
+        Ok((turn, taken?))
+    }
+
+    fn check(&self, phase: Phase) -> Result<(), Error> {
+        if !matches!(phase, Phase::Running | Phase::Paused) {
+            return Err(Error::State(format!("cannot checkpoint a {} container", phase.name())));
+        }
+        if self.vm.has_volumes() {
+            return Err(Error::Unimplemented(format!(
+                "checkpoint container {}: it has bind mounts, whose state in the guest is not saved yet; a container without any",
+                self.id
+            )));
+        }
+        Ok(())
+    }
+
+    async fn stand(&self) -> Result<(), Error> {
+        let paused = with_vm(&self.vm, "freezing the container", self.guest.pause(&self.guest_id)).await;
+        if matches!(paused, Err(Error::Guest(_))) {
+            // It may have come to it after all.
+            self.thaw().await?;
+        }
+        paused
+    }
+
+    /// A container that does not go on is a paused one, so that a client can resume it.
+    async fn thaw(&self) -> Result<(), Error> {
+        let resumed = self.guest.resume(&self.guest_id);
+        let thawed = with_vm(&self.vm, "thawing the container", resumed).await;
+        if thawed.is_err() && self.phase() == Phase::Running {
+            self.enter(Phase::Paused);
+            self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
+        }
+        thawed
+    }
+
+    /// All that has to do with files.
+    async fn prepare(&self, store: &Store, layers: &mut Layers) -> Result<Prepared, Error> {
+        let (store, machine) = (store.clone(), self.vm.machine().clone());
+        let begun = blocking(move || {
+            admit(&store, &machine)?;
+            let mut draft = store.begin()?;
+            let (at, memory) = draft.new_layer(LayerKind::Memory)?;
+            let layer = draft.layers().get(at as usize).map(|layer| layer.id);
+            let state = memory_file(&[]).map_err(StoreError::own("make", "the state's file"))?;
+            Ok::<_, StoreError>((draft, memory, layer, state))
+        });
+        let (draft, memory, layer, state) = begun.await?;
+        let layer = layer.ok_or_else(|| Error::Invalid("a snapshot without a memory layer".into()))?;
+        let (mut own, log) = (layers.clone(), self.log.clone());
+        let (captured, staged, own) = blocking(move || {
+            let captured = own.files()?;
+            let staged = own.stage()?;
+            match own.add(&staged) {
+                Ok(()) => Ok((captured, staged, own)),
+                Err(error) => {
+                    give_up(&mut own, staged, &log);
+                    Err(error)
+                }
+            }
+        })
+        .await?;
+        *layers = own;
+        Ok(Prepared { draft, state, memory, layer, captured, staged })
+    }
+
+    /// The VMM has not switched to it.
+    async fn take_back(&self, layers: &mut Layers, staged: StagedLayer) {
+        let (mut own, log) = (layers.clone(), self.log.clone());
+        let work = move || {
+            give_up(&mut own, staged, &log);
+            Ok::<_, Error>(own)
+        };
+        if let Ok(own) = blocking(work).await {
+            *layers = own;
+        }
+    }
+
+    /// Saves the VM with its disks.
+    async fn take(&self, prepared: Prepared, disks: &mut HeldDisks) -> Result<Taken, Error> {
+        let Prepared { draft, state, memory, layer, captured, staged } = prepared;
+        let name = layer.to_string();
+        let to = Destination {
+            state: &state,
+            memory: &memory,
+            layer: &name,
+            disks: &[(disks.writable.as_str(), &staged.file)],
+        };
+        match self.vm.save(&to).await {
+            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured }),
+            // The disk may have been switched before that; the new layer is right either way.
+            Err(error @ VmError::Ended { .. }) => Err(error.into()),
+            // It may still be switched, who knows when.
+            Err(error @ VmError::Stuck { .. }) => {
+                self.vm.kill().await;
+                Err(error.into())
+            }
+            Err(error) => {
+                self.take_back(&mut disks.layers, staged).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Waits until all of it is written, and puts it into the store.
+    async fn finish(&self, taken: Taken) -> Result<SnapshotId, Error> {
+        let Taken { mut draft, mut state, layer, saved, captured } = taken;
+        let needed = saved.written().await?;
+        let host = |operation| move |source| VmError::Host { operation, source };
+        let origin = self.vm.origin().map_err(host("look at the memory layers"))?;
+        let own = layer.to_string();
+        if let Some(missing) =
+            needed.iter().find(|id| **id != own && !origin.iter().any(|(had, _)| had == *id))
+        {
+            let message = format!("it needs the memory layer {missing}, which the VM was not restored from");
+            return Err(VmError::Refused { operation: "write a snapshot", message }.into());
+        }
+        let mut stacks = Vec::new();
+        {
+            let disks = self.disks.lock().await;
+            for (serial, file) in &disks.lower {
+                stacks.push((serial.clone(), vec![file.try_clone().map_err(host("look at a disk"))?]));
+            }
+            stacks.push((disks.writable.clone(), captured));
+        }
+        let mut about = self.about();
+        blocking(move || {
+            let mut bytes = Vec::new();
+            let read = state.rewind().and_then(|()| state.read_to_end(&mut bytes));
+            read.map_err(StoreError::own("read", "the state"))?;
+            draft.state(&bytes)?;
+            if !needed.contains(&own) {
+                draft.drop_layer()?;
+            }
+            for (id, file) in origin.iter().filter(|(id, _)| needed.contains(id)) {
+                let id = id.parse().map_err(|source| StoreError::Manifest { id: layer, source })?;
+                draft.link_layer(id, LayerKind::Memory, file)?;
+            }
+            for (serial, files) in stacks {
+                let added = files.iter().map(|file| draft.add_layer(LayerKind::Disk, file));
+                about.disks.push(Disk { serial, layers: added.collect::<Result<_, _>>()? });
+            }
+            Ok::<_, StoreError>(draft.publish(about)?.id)
+        })
+        .await
+    }
+
+    /// All of the manifest that is known before the snapshot's files are.
+    fn about(&self) -> Manifest {
+        let machine = self.vm.machine();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let remembered = Remembered {
+            guest_id: self.guest_id.clone(),
+            terminal: self.terminal,
+            memory_mib: machine.memory_mib,
+        };
+        Manifest {
+            created: since.as_secs(),
+            labels: remembered.labels(),
+            vcpus: machine.vcpus,
+            ..Manifest::about(Purpose::Checkpoint, self.events.namespace(), &self.id)
+        }
+    }
+}
+
+/// A failure is no worse than the layer's staying in the list.
+fn give_up(layers: &mut Layers, staged: StagedLayer, log: &Logger) {
+    if let Err(error) = layers.take_back(staged) {
+        warn!(log, "a layer that is not used is not removed"; "error" => %error);
+    }
+}

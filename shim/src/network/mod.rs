@@ -1,0 +1,232 @@
+//! The sandbox's network: whatever CNI, Docker or a user puts into its network namespace is joined to
+//! NICs of the virtual machine, and mirrored in the guest.
+//!
+//! Each interface gets a tap beside it; what either receives the other sends ([`redirect`]). The
+//! interface keeps its addresses, where Docker and CNI look for them, but the host's stack in the
+//! namespace gets nothing any more. The tap's descriptor goes to the VMM, the configuration to the agent.
+//!
+//! * [`thread`]: all work in the namespace, one thread for each sandbox. [`desk`]: what it has joined.
+//! * [`links`], [`read`], [`routes`]: what there is, as [`mirror`] for the guest.
+//! * [`tap`], [`redirect`]: the joint. [`watch`]: that something has changed.
+//! * [`names`], [`upstream`]: a name server in the namespace, for the guest, and what that asks itself.
+//! * [`reclaim`]: after a killed shim. [`probe`]: for `spore doctor`.
+//!
+//! Looked at when the container is created, again before it is started, and from then on whenever
+//! the kernel says that something has changed.
+
+mod desk;
+mod error;
+mod links;
+pub(crate) mod mirror;
+mod names;
+mod netlink;
+pub mod probe;
+mod read;
+mod reclaim;
+mod redirect;
+mod routes;
+mod tap;
+mod thread;
+mod upstream;
+mod watch;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::LinkUnspec;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use slog::{Logger, info, warn};
+use tokio::task::JoinHandle;
+
+pub(crate) use self::error::NetworkError;
+use self::mirror::{Counters, Mirror};
+use self::netlink::Netlink;
+pub(crate) use self::reclaim::{inode, kept, reclaim};
+pub(crate) use self::thread::Questions;
+use self::thread::Thread;
+use crate::config::NetworkLimits;
+use crate::container::with_vm;
+use crate::error::Error;
+use crate::guest::Guest;
+use crate::vm::Vm;
+
+/// What is in place.
+#[derive(Default)]
+struct State {
+    /// What the guest was last told, if it did all of it.
+    told: Option<Mirror>,
+    /// Slots of the VMM that have a tap.
+    attached: BTreeSet<u8>,
+    closed: bool,
+}
+
+/// The network of one sandbox.
+pub(crate) struct Network {
+    thread: Thread,
+    limits: NetworkLimits,
+    state: tokio::sync::Mutex<State>,
+    following: Mutex<Option<JoinHandle<()>>>,
+    log: Logger,
+}
+
+impl Network {
+    /// Enters the network namespace of a process, the sandbox's holder. `user_namespace`: the
+    /// container has one of its own, so it cannot have any interface. `questions`: the guest's for a
+    /// name server there.
+    pub(crate) async fn open(
+        holder: u32,
+        user_namespace: bool,
+        limits: NetworkLimits,
+        questions: Questions,
+        log: &Logger,
+    ) -> Result<Arc<Self>, NetworkError> {
+        let namespace = File::open(format!("/proc/{holder}/ns/net"))
+            .map_err(|source| NetworkError::Namespace { operation: "open the holder's", source })?;
+        let thread = Thread::start(namespace, user_namespace, questions).await?;
+        let state = tokio::sync::Mutex::new(State { told: Some(Mirror::default()), ..State::default() });
+        Ok(Arc::new(Self { thread, limits, state, following: Mutex::default(), log: log.clone() }))
+    }
+
+    /// Makes VMM and guest have what the namespace has. What can be done is done also when
+    /// something fails; the first failure is told.
+    pub(crate) async fn sync(&self, vm: &Vm, guest: &Guest) -> Result<(), Error> {
+        let mut state = self.state.lock().await;
+        if state.closed {
+            return Ok(());
+        }
+        let looked = self.thread.look().await?;
+        let mut refused = looked.refused.into_iter();
+        let mut failure = None;
+        for slot in looked.left {
+            info!(self.log, "a network interface has gone"; "slot" => slot);
+            if state.attached.remove(&slot)
+                && let Err(error) = vm.detach_network(slot).await
+            {
+                failure.get_or_insert(error);
+            }
+        }
+        let mut mirror = looked.mirror;
+        for new in looked.joined {
+            info!(self.log, "network interface joined"; "interface" => &new.name, "slot" => new.slot);
+            match vm.attach_network(new.slot, &new.tap, self.limits).await {
+                Ok(()) => drop(state.attached.insert(new.slot)),
+                Err(error) => {
+                    self.thread.leave(vec![new.slot]).await?;
+                    if let Some(mirror) = &mut mirror {
+                        mirror.forget(new.slot);
+                    }
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        if let Some(mirror) = mirror
+            && state.told.as_ref() != Some(&mirror)
+        {
+            // Until it has answered nobody knows.
+            state.told = None;
+            let problems =
+                with_vm(vm, "setting the guest's network up", guest.update_network(&mirror)).await?;
+            if !problems.is_empty() {
+                return Err(NetworkError::Guest(problems.join("; ")).into());
+            }
+            state.told = Some(mirror);
+        }
+        match (failure, refused.next()) {
+            (Some(error), _) => Err(error.into()),
+            (None, Some(error)) => Err(error.into()),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Follows what happens in the namespace until it is closed. What cannot be mirrored then is
+    /// logged, and tried again with the next change.
+    pub(crate) fn follow(self: &Arc<Self>, vm: Arc<Vm>, guest: Arc<Guest>) {
+        let this = Arc::clone(self);
+        let following = tokio::spawn(async move {
+            let mut last = String::new();
+            while !vm.has_ended() {
+                this.thread.changed().await;
+                // Once for each problem, however often something else changes.
+                let error = this.sync(&vm, &guest).await.err().map(|error| crate::error::chain(&error));
+                let error = error.unwrap_or_default();
+                if !error.is_empty() && error != last {
+                    warn!(this.log, "a change of the network does not reach the guest"; "error" => &error);
+                }
+                last = error;
+            }
+        });
+        let before = self.following.lock().unwrap_or_else(PoisonError::into_inner).replace(following);
+        if let Some(before) = before {
+            before.abort();
+        }
+    }
+
+    /// Counters of the interfaces.
+    pub(crate) async fn counters(&self) -> Result<Vec<Counters>, NetworkError> {
+        self.thread.counters().await
+    }
+
+    /// Gives everything in the namespace back, and leaves it.
+    pub(crate) async fn close(&self) {
+        let following = self.following.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(following) = following {
+            // It may be waiting for a guest that does not answer.
+            following.abort();
+            let _ = following.await;
+        }
+        let mut state = self.state.lock().await;
+        if !std::mem::replace(&mut state.closed, true)
+            && let Err(error) = self.thread.close().await
+        {
+            warn!(self.log, "the network namespace is not as it was"; "error" => %error);
+        }
+    }
+}
+
+/// Brings loopback up in the calling thread's network namespace.
+pub(crate) fn loopback_up() -> Result<(), NetworkError> {
+    /// As in every namespace.
+    const LOOPBACK: u32 = 1;
+    let failed = |source| NetworkError::Namespace { operation: "bring loopback up", source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    runtime.block_on(async {
+        let netlink = Netlink::open().map_err(failed)?;
+        let up = RouteNetlinkMessage::SetLink(LinkUnspec::new_with_index(LOOPBACK).up().build());
+        let done = netlink.request(up, 0).await;
+        done.map_err(|refusal| NetworkError::Netlink { operation: "bring loopback up", refusal })
+    })
+}
+
+/// Runs something in a namespace, or in a new one, on a thread of its own that nobody waits for
+/// longer than `deadline`.
+fn within<T: Send + 'static, F: Future<Output = Result<T, NetworkError>>>(
+    namespace: Option<File>,
+    operation: &'static str,
+    deadline: Duration,
+    work: impl FnOnce() -> F + Send + 'static,
+) -> Result<T, NetworkError> {
+    let failed = move |source| NetworkError::Namespace { operation, source };
+    let (sender, answer) = std::sync::mpsc::channel();
+    let run = move || -> Result<T, NetworkError> {
+        match namespace {
+            Some(namespace) => setns(namespace, CloneFlags::CLONE_NEWNET),
+            None => unshare(CloneFlags::CLONE_NEWNET),
+        }
+        .map_err(|error| failed(error.into()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        runtime.block_on(work())
+    };
+    std::thread::Builder::new().spawn(move || drop(sender.send(run()))).map_err(failed)?;
+    answer.recv_timeout(deadline).map_err(|error| match error {
+        std::sync::mpsc::RecvTimeoutError::Timeout => {
+            NetworkError::Deadline { operation, seconds: deadline.as_secs() }
+        }
+        std::sync::mpsc::RecvTimeoutError::Disconnected => NetworkError::Ended { operation },
+    })?
+}
+
+#[cfg(test)]
+mod tests;

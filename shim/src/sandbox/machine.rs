@@ -1,0 +1,150 @@
+//! A container's machine, up to the moment when its guest answers and has its disks: a guest that has booted, or began
+//! in a template, and gets new ones; or all of it as a checkpoint has it.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::{Sandbox, lock};
+use crate::bundle::Bundle;
+use crate::checkpoint::Restored;
+use crate::container::{HeldDisks, with_vm};
+use crate::error::Error;
+use crate::guest::{Guest, GuestRootfs, GuestStdio};
+use crate::rootfs::{self, Changes, Paths, Source, WritableDisk};
+use crate::rundir::RunDir;
+use crate::template::{self, Found};
+use crate::vm::{HostFiles, Image, ImageDisk, Vm};
+
+/// See the module.
+pub(super) struct Ready {
+    pub(super) guest: Arc<Guest>,
+    pub(super) disks: HeldDisks,
+    /// By which an error of the guest's tells which file is meant.
+    pub(super) paths: Paths,
+    pub(super) changes: Option<Changes>,
+}
+
+/// What a machine is made of.
+pub(super) struct Ground<'a> {
+    pub(super) vm: &'a Arc<Vm>,
+    pub(super) files: &'a HostFiles,
+    pub(super) bundle: &'a Bundle,
+    pub(super) dir: &'a Arc<RunDir>,
+    pub(super) wanted: &'a rootfs::Request<'a>,
+    /// Gets the files of a restored disk, which nobody must find if the task does not come to be.
+    pub(super) adopted: &'a Mutex<Option<Paths>>,
+}
+
+impl Sandbox {
+    /// The guest boots while its disks are prepared.
+    pub(super) async fn bring_up(&self, ground: &Ground<'_>, source: Source) -> Result<Ready, Error> {
+        let Ground { vm, files, bundle, dir, wanted, .. } = *ground;
+        let (config, log) = (&self.context.config, &self.context.log);
+        let booting = Notify::new();
+        let guest = async {
+            let deadline = Instant::now() + config.boot_deadline();
+            let (template, seed) = match template::find(config, files, vm.machine(), log) {
+                Found::Template(template) => (Some(template), None),
+                Found::Seed(seed) => (None, Some(seed)),
+                Found::Nothing => (None, None),
+            };
+            vm.build(config, files, template.as_ref()).await?;
+            self.mark("vmm_ready_ns");
+            // Not before a template is saved: it has no disks.
+            if seed.is_none() {
+                booting.notify_one();
+            }
+            // A restored guest's agent also says so, once the connections of the template are gone.
+            vm.ready(deadline, config).await?;
+            if let Some(seed) = seed {
+                seed.plant(vm, log.clone()).await;
+                booting.notify_one();
+            }
+            self.greet(ground).await
+        };
+        let disks = async {
+            let disks = rootfs::prepare(wanted, source, log).await?;
+            self.mark("rootfs_ready_ns");
+            let volumes = self.serve_volumes(bundle, dir).await?;
+            booting.notified().await;
+            if let Some((server, sockets)) = volumes {
+                vm.attach_volumes(server, sockets).await?;
+            }
+            let paths = disks.paths();
+            let mut lower = Vec::new();
+            for file in disks.lower {
+                lower.push((vm.attach_disk(&file, &[], true).await?, file));
+            }
+            let WritableDisk { top, below, layers } = disks.writable;
+            let writable = vm.attach_disk(&top, &below, false).await?;
+            Ok::<_, Error>((HeldDisks { lower, writable, layers }, paths, disks.changes))
+        };
+        let (guest, (disks, paths, changes)) = tokio::try_join!(guest, disks)?;
+        Ok(Ready { guest, disks, paths, changes })
+    }
+
+    /// The checkpoint's machine. Its container stands still: it was saved like that.
+    pub(super) async fn bring_back(
+        &self,
+        ground: &Ground<'_>,
+        source: Source,
+        restored: Restored,
+    ) -> Result<Ready, Error> {
+        let Ground { vm, files, wanted, .. } = *ground;
+        let Restored { state, memory, lower, writable: (writable, layers), .. } = restored;
+        let disks = rootfs::restore(wanted, source, layers).await?;
+        let paths = disks.paths();
+        *lock(ground.adopted) = Some(paths.clone());
+        self.mark("rootfs_ready_ns");
+        let WritableDisk { top, below, layers } = disks.writable;
+        let disk = ImageDisk { serial: &writable, top: &top, below: &below };
+        let fixed = lower.iter().map(|(serial, file)| ImageDisk { serial, top: file, below: &[] });
+        let image = Image {
+            state: &state,
+            layers: memory.iter().map(|(id, file)| (id.clone(), file)).collect(),
+            disks: fixed.chain([disk]).collect(),
+        };
+        // Not from before a disk that had to be copied.
+        let deadline = Instant::now() + self.context.config.boot_deadline();
+        vm.bring_back(files, &image).await?;
+        self.mark("vmm_ready_ns");
+        vm.ready(deadline, &self.context.config).await?;
+        let guest = self.greet(ground).await?;
+        Ok(Ready { guest, disks: HeldDisks { lower, writable, layers }, paths, changes: disks.changes })
+    }
+
+    /// Gives a guest that is ready what makes it itself.
+    async fn greet(&self, ground: &Ground<'_>) -> Result<Arc<Guest>, Error> {
+        let Ground { vm, bundle, .. } = *ground;
+        self.mark("guest_ready_ns");
+        let guest = with_vm(vm, "connecting to the agent", Guest::connect(Arc::clone(vm))).await?;
+        with_vm(vm, "setting the guest up", guest.setup(&bundle.hostname)).await?;
+        self.mark("agent_ready_ns");
+        Ok(Arc::new(guest))
+    }
+
+    /// Creates the container in the guest. What that says of a disk is told with the host's file.
+    pub(super) async fn create_in_guest(
+        &self,
+        vm: &Vm,
+        ready: &Ready,
+        container: (&str, Vec<u8>, GuestStdio),
+    ) -> Result<(), Error> {
+        let (id, spec, stdio) = container;
+        let lower: Vec<_> = ready.disks.lower.iter().map(|(serial, _)| serial.clone()).collect();
+        let writable = ready.disks.writable.clone();
+        let rootfs = GuestRootfs { lower: lower.clone(), writable: writable.clone() };
+        let created = ready.guest.create(id, spec, rootfs, stdio);
+        if let Err(error) = with_vm(vm, "creating the container", created).await {
+            let of_a_disk = ready.paths.explain(&lower, &writable, &error.to_string());
+            return Err(of_a_disk.map_or(error, Error::from));
+        }
+        // Not before: until now the container is a stopped one, of which clients see the changes.
+        if let Some(changes) = &ready.changes {
+            changes.take_back().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,76 @@
+//! A snapshot that is read.
+
+use std::fs::File;
+use std::io::Read;
+
+use sha2::{Digest, Sha256};
+
+use super::error::{FileError, StoreError};
+use super::manifest::{Layer, Manifest, STATE, hex};
+use super::sparse;
+use super::store::file_in;
+
+/// See the module above. Holds every file open, for reading.
+#[derive(Debug)]
+pub struct Opened {
+    pub manifest: Manifest,
+    /// Content of `state.bin`, its digest checked.
+    pub state: Vec<u8>,
+    /// As in the manifest.
+    layers: Vec<File>,
+}
+
+impl Opened {
+    pub(super) fn new(manifest: Manifest, dir: &File) -> Result<Self, StoreError> {
+        let id = manifest.id;
+        let bad = |file: &str| {
+            let file = file.to_owned();
+            move |source| StoreError::File { id, file, source }
+        };
+        let state = file_in(dir, STATE).map_err(bad(STATE))?;
+        let expected = manifest.state.length;
+        let mut bytes = Vec::new();
+        length(&state, expected).map_err(bad(STATE))?;
+        // Its length is below a cap, by the manifest's check.
+        state.take(expected).read_to_end(&mut bytes).map_err(|error| bad(STATE)(error.into()))?;
+        same(hex(&Sha256::digest(&bytes)), &manifest.state.sha256).map_err(bad(STATE))?;
+        let mut layers = Vec::with_capacity(manifest.layers.len());
+        for layer in &manifest.layers {
+            let name = layer.file_name();
+            let file = file_in(dir, &name).map_err(bad(&name))?;
+            length(&file, layer.file.length).map_err(bad(&name))?;
+            layers.push(file);
+        }
+        Ok(Self { manifest, state: bytes, layers })
+    }
+
+    /// The layers and their open files.
+    pub fn layers(&self) -> impl Iterator<Item = (&Layer, &File)> {
+        self.manifest.layers.iter().zip(&self.layers)
+    }
+
+    /// Reads all layers and compares them with what the manifest says of them.
+    pub fn verify(&self) -> Result<(), StoreError> {
+        for (layer, file) in self.layers() {
+            let checked = sparse::digest(file).map_err(FileError::Read);
+            checked.and_then(|found| same(found, &layer.file.sha256)).map_err(|source| StoreError::File {
+                id: self.manifest.id,
+                file: layer.file_name(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn length(file: &File, expected: u64) -> Result<(), FileError> {
+    let found = file.metadata()?.len();
+    if found == expected { Ok(()) } else { Err(FileError::Length { found, expected }) }
+}
+
+pub(super) fn same(found: String, expected: &str) -> Result<(), FileError> {
+    if found.eq_ignore_ascii_case(expected) {
+        return Ok(());
+    }
+    Err(FileError::Digest { found, expected: expected.to_owned() })
+}

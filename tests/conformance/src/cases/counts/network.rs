@@ -1,0 +1,111 @@
+//! Containers with an interface, many and again.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow};
+use serde_json::{Value, json};
+use spore_harness::bed::Subject;
+use spore_harness::network::cni::Network;
+
+use super::{count, tell};
+use crate::cases::Case;
+use crate::guest::Guest;
+use crate::lan::{Lan, Place, in_lan};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("counts: create and delete with an interface, again and again", cycles).alone().starts(8),
+    Case::new("counts: containers with an interface at once", at_once).alone().starts(4),
+];
+
+const NUMBER: u8 = 40;
+/// Clients at a time.
+const CLIENTS: usize = 4;
+
+/// Does something so many times, by several at once; the seconds of each.
+fn repeated(times: usize, clients: usize, act: impl Fn() -> Result<()> + Sync) -> Result<Vec<f64>> {
+    let (left, seconds) = (AtomicUsize::new(times), Mutex::new(Vec::new()));
+    let worker = || -> Result<()> {
+        while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            let begin = Instant::now();
+            act().inspect_err(|_| left.store(0, Ordering::Relaxed))?;
+            seconds.lock().unwrap_or_else(PoisonError::into_inner).push(begin.elapsed().as_secs_f64());
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..clients).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
+    })?;
+    Ok(seconds.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// A container that has reached the bridge, with its place and what CNI told.
+fn connected(lan: &Lan, network: &Network) -> Result<(Arc<Place>, Value, Guest)> {
+    let place = lan.place()?;
+    let result = network.add(&lan.attachment(&place, "eth0", Value::Null))?;
+    let guest = lan.guest_with(
+        &place,
+        &["--memory-limit", "67108864"],
+        &["sh", "-c", &format!("ping -c 1 10.{NUMBER}.0.1 && {}", crate::lan::READY)],
+    )?;
+    Ok((place, result, guest))
+}
+
+/// The container ends, and its place is as before; then CNI takes the interface away.
+fn disconnect(
+    lan: &Lan,
+    network: &Network,
+    (place, result, guest): (Arc<Place>, Value, Guest),
+) -> Result<()> {
+    drop(guest);
+    lan.give_up(&place)?;
+    network.del(&lan.attachment(&place, "eth0", Value::Null), &result)
+}
+
+/// A bridge whose plugins leave no more than the bridge.
+fn network(lan: &Lan) -> Network {
+    let mut network = lan.bridge(NUMBER);
+    network.plugins.push(json!({ "type": "loopback" }));
+    network
+}
+
+fn cycles(subject: &Subject) -> Result<()> {
+    subject.warm_up()?;
+    in_lan(subject, |lan| {
+        let network = network(lan);
+        let one = || disconnect(lan, &network, connected(lan, &network)?);
+        // The first makes the bridge.
+        one()?;
+        let before = subject.inventory()?;
+        let seconds = repeated(count(subject, 4, 200), 2, one)?;
+        subject.nothing_beyond(&before)?;
+        tell(subject, "containers with an interface created, used and deleted, two at a time", &seconds, "")
+    })
+}
+
+fn at_once(subject: &Subject) -> Result<()> {
+    subject.warm_up()?;
+    in_lan(subject, |lan| {
+        let network = network(lan);
+        disconnect(lan, &network, connected(lan, &network)?)?;
+        let before = subject.inventory()?;
+        let alive = Mutex::new(Vec::new());
+        let start = || {
+            let one = connected(lan, &network)?;
+            alive.lock().unwrap_or_else(PoisonError::into_inner).push(one);
+            Ok(())
+        };
+        let seconds = repeated(count(subject, 4, 50), CLIENTS, start)?;
+        let alive = alive.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for (_, _, guest) in &alive {
+            // While all the others are there too.
+            guest.shell(&format!("ping -c 1 10.{NUMBER}.0.1"))?;
+        }
+        alive.into_iter().try_for_each(|one| disconnect(lan, &network, one))?;
+        subject.nothing_beyond(&before)?;
+        tell(subject, "containers with an interface alive at once, four started at a time", &seconds, "")
+    })
+}
