@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
@@ -273,8 +274,10 @@ impl Sandbox {
         };
         let (ready, network) = tokio::try_join!(ready, network)?;
         // Before the container: settings of its spec may be an interface's.
-        network.sync(&vm, &ready.guest).await?;
+        let joining = network.sync(&vm, &ready.guest).await?;
         self.mark("network_ready_ns");
+        self.note("network_namespace_ns", joining.namespace);
+        self.note("network_vmm_ns", joining.vmm);
         let (guest_id, terminal) = match &remembered {
             None => {
                 self.create_in_guest(&vm, &ready, (id, bundle.guest_spec, stdio.wanted())).await?;
@@ -365,6 +368,12 @@ impl Sandbox {
     fn mark(&self, event: &'static str) {
         if self.context.config.timeline.is_some() {
             lock(&self.timeline).mark(event);
+        }
+    }
+
+    fn note(&self, key: &'static str, spent: Duration) {
+        if self.context.config.timeline.is_some() {
+            lock(&self.timeline).set(key, u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX));
         }
     }
 }

@@ -33,7 +33,7 @@ mod watch;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::LinkUnspec;
@@ -61,6 +61,15 @@ struct State {
     /// Slots of the VMM that have a tap.
     attached: BTreeSet<u8>,
     closed: bool,
+}
+
+/// Where the time of a [`Network::sync`] went; the rest of it is the guest's.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Spent {
+    /// Reading the namespace and joining what is new.
+    pub(crate) namespace: Duration,
+    /// The VMM's, from calls to their answers.
+    pub(crate) vmm: Duration,
 }
 
 /// The network of one sandbox.
@@ -92,12 +101,15 @@ impl Network {
 
     /// Makes VMM and guest have what the namespace has. What can be done is done also when
     /// something fails; the first failure is told.
-    pub(crate) async fn sync(&self, vm: &Vm, guest: &Guest) -> Result<(), Error> {
+    pub(crate) async fn sync(&self, vm: &Vm, guest: &Guest) -> Result<Spent, Error> {
         let mut state = self.state.lock().await;
+        let mut spent = Spent::default();
         if state.closed {
-            return Ok(());
+            return Ok(spent);
         }
+        let begin = Instant::now();
         let looked = self.thread.look().await?;
+        spent.namespace = begin.elapsed();
         let mut refused = looked.refused.into_iter();
         let mut failure = None;
         for slot in looked.left {
@@ -122,6 +134,7 @@ impl Network {
                 }
             }
         }
+        spent.vmm = begin.elapsed() - spent.namespace;
         if let Some(mirror) = mirror
             && state.told.as_ref() != Some(&mirror)
         {
@@ -137,7 +150,7 @@ impl Network {
         match (failure, refused.next()) {
             (Some(error), _) => Err(error.into()),
             (None, Some(error)) => Err(error.into()),
-            (None, None) => Ok(()),
+            (None, None) => Ok(spent),
         }
     }
 

@@ -204,10 +204,14 @@ impl Lan {
 
     /// Looks at one place now, and forgets it, so that it ends with its last user.
     pub(crate) fn give_up(&self, place: &Arc<Place>) -> Result<()> {
+        self.forget(place);
+        place.as_before()
+    }
+
+    /// Does not look at a place any more, nor keep it.
+    pub(crate) fn forget(&self, place: &Arc<Place>) {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         places.retain(|other| !Arc::ptr_eq(other, place));
-        drop(places);
-        place.as_before()
     }
 
     /// Waits until nothing on the host's side leads to a container any more.

@@ -80,7 +80,11 @@ pub(crate) fn run(runtime: Runtime, rounds: usize, results: &Path) -> Result<Vec
         let lines: Vec<_> = ids.iter().filter_map(|id| lines.get(id)).collect();
         if !lines.is_empty() {
             let joined = Sample::new(lines.iter().filter_map(|line| joined_ms(line)).collect());
-            rows.push(Row::new(&format!("{what}: shim, VMM and agent join the interface"), "ms", &joined));
+            rows.push(Row::new(&format!("{what}: shim, VMM and guest join the interface"), "ms", &joined));
+            for (who, key) in [("the shim", "network_namespace_ns"), ("the VMM", "network_vmm_ns")] {
+                let part = lines.iter().filter_map(|line| Some(line.get(key)?.as_f64()? / 1e6));
+                rows.push(Row::new(&format!("{what}: of that {who}"), "ms", &Sample::new(part.collect())));
+            }
         }
     }
     Ok(rows)

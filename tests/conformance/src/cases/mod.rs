@@ -79,6 +79,7 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         network::policy::CASES,
         network::moments::CASES,
         network::refused::CASES,
+        network::trouble::CASES,
         counts::CASES,
         counts::network::CASES,
     ]

@@ -6,3 +6,4 @@ pub(crate) mod moments;
 pub(crate) mod policy;
 pub(crate) mod refused;
 pub(crate) mod traffic;
+pub(crate) mod trouble;
