@@ -7,13 +7,16 @@ use anyhow::{Result, ensure};
 use spore_harness::bed::Subject;
 use spore_harness::call::Call;
 
-use super::{Case, equal};
+use super::{Case, Difference, equal};
 use crate::guest::Guest;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("changes: snapshots diff of a stopped container", stopped).starts(1),
     Case::new("changes: snapshots diff of a paused container, which then goes on", paused).starts(1),
     Case::new("changes: a second task has what the first wrote", second_task).starts(2),
+    Case::new("changes: without the export, by annotation", unexported)
+        .starts(2)
+        .differs("io.spore.export_changes=false asks for it"),
 ];
 
 /// Adds, changes, deletes and replaces; its last line says that it is done.
@@ -117,4 +120,20 @@ fn second_task(subject: &Subject) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn unexported(subject: &Subject) -> Result<()> {
+    let options = ["--annotation", "io.spore.export_changes=false"];
+    let script = "test ! -e /lines || exit 7; echo line > /lines";
+    let guest = Guest::start_with(subject, &options, &["sh", "-c", script])?;
+    guest.until("STOPPED")?;
+    guest.must("delete", &[], &[])?;
+    let mut tar = Command::new("tar");
+    tar.args(["--gzip", "--list"]);
+    let names = Call::new(tar).stdin(diff(subject, &guest)?).run()?;
+    ensure!(names.success() && names.text().contains("lines") != subject.is_spore(), "{names}");
+    // The file is there all the same.
+    let second = guest.task("start", &[], &[])?.run()?;
+    ensure!(second.code() == 7, "{second}");
+    if subject.is_spore() { Err(Difference.into()) } else { Ok(()) }
 }

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use spore_harness::call::{Output, Running};
+use spore_harness::call::{Call, Output, Running};
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
@@ -27,6 +28,11 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("killed::shim_before_delete", shim_before_delete).alone().newest_unless_soak(),
     Case::new("killed::file_server", file_server).spore_only().alone().newest_unless_soak(),
     Case::new("killed::shim_with_volumes", shim_with_volumes).spore_only().alone().newest_unless_soak(),
+    Case::new("killed::shim_while_it_exports", shim_while_it_exports)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(2),
     Case::new("killed::at_any_moment", at_any_moment)
         .spore_only()
         .alone()
@@ -149,6 +155,36 @@ fn shim_with_volumes(subject: &Subject) -> Result<()> {
     told(&call.wait()?)?;
     ensure!(fs::read_to_string(data.join("file"))? == "from the host\n", "the host's file");
     fs::remove_dir_all(&data)?;
+    gone(subject, &id, &before)
+}
+
+/// In the middle of the export of what a container has written: nothing of it is believed, and the next task finds
+/// the writes on the disk.
+fn shim_while_it_exports(subject: &Subject) -> Result<()> {
+    const WRITES: &str = "test ! -e /last || exec cat /last; dd if=/dev/zero of=/large bs=1M count=96 2>/dev/null; \
+         echo whole > /last; sync; echo ready; while :; do sleep 1000000; done";
+    let before = warm(subject)?;
+    let id = subject.id("exports");
+    let args = ["run", "--runtime", subject.runtime.id(), BUSYBOX, &id, "sh", "-c", WRITES];
+    let mut call = subject.ctr(&args)?.spawn()?;
+    call.says("ready")?;
+    let pausing = subject.ctr(&["tasks", "pause", &id])?.spawn()?;
+    let (_, shim) = child_and_parent("upper-fill", &[SHIM, &id])?;
+    kill_hard(shim)?;
+    told(&pausing.wait()?)?;
+    told(&call.wait()?)?;
+    subject.ctr(&["tasks", "delete", "--force", &id])?.run()?;
+    let archive = subject.ctr(&["snapshots", "diff", &id])?.run()?;
+    ensure!(archive.success(), "{archive}");
+    let mut tar = Command::new("tar");
+    tar.args(["--list", "--gzip"]);
+    let listed = Call::new(tar).stdin(archive.stdout).run()?;
+    ensure!(listed.success(), "{listed}");
+    let of_the_export = |name: &str| matches!(name.trim_matches(['.', '/']), "large" | "last");
+    ensure!(!listed.text().lines().any(of_the_export), "a part of the export: {listed}");
+    remove_fifos(&id)?;
+    let second = subject.ctr(&["tasks", "start", &id])?.run()?;
+    ensure!(second.success() && second.text() == "whole\n", "{second}");
     gone(subject, &id, &before)
 }
 
