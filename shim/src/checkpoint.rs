@@ -22,8 +22,6 @@ use crate::snapshot::{
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 /// Most files of a checkpoint: more than a VMM can be given at once.
 const MOST_LAYERS: usize = 200;
-/// What may come into the store: it leaves so much room on the host's disk.
-const ADMITTED: Policy = Policy { quota: None, max_age: None, reserve: 512 << 20, only: None };
 /// The store's copy of a checkpoint serves to find it again quickly; the client has its own.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
 
@@ -92,7 +90,7 @@ pub(crate) async fn blocking<T: Send + 'static, E: Send + 'static + Into<Error>>
 /// Whether there is room for a snapshot of this machine, at worst.
 pub(crate) fn admit(store: &Store, machine: &Machine) -> Result<(), StoreError> {
     prune(store)?;
-    store.admit(&ADMITTED, machine.memory_mib << 20)
+    store.admit(&Policy::ADMITTED, machine.memory_mib << 20)
 }
 
 fn prune(store: &Store) -> Result<(), StoreError> {
@@ -143,7 +141,7 @@ impl Restored {
     /// Takes the checkpoint in a directory into the store, if it is not there yet, and opens it.
     pub(crate) fn import(store: &Store, dir: &Path) -> Result<Self, ImportError> {
         prune(store)?;
-        let id = import_directory(store, dir, &ADMITTED)?;
+        let id = import_directory(store, dir, &Policy::ADMITTED)?;
         let opened = store.open(id)?;
         Self::new(&opened)
     }

@@ -9,6 +9,7 @@ mod end;
 mod exec;
 mod files;
 mod limits;
+mod snapshot;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

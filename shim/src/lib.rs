@@ -9,6 +9,7 @@
 //! `image-mkfs` (conversion of layers to EROFS), `upper-fill` (what a guest changed). Only the
 //! daemon has an async runtime.
 
+pub mod api;
 mod bootstrap;
 mod bundle;
 mod capabilities;
@@ -31,6 +32,7 @@ mod rundir;
 mod sandbox;
 mod serve;
 pub mod snapshot;
+mod snapshots;
 mod stats;
 mod task;
 mod template;

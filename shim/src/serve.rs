@@ -21,7 +21,7 @@ use crate::rundir::RunDir;
 use crate::sandbox::{Context, Sandbox};
 use crate::task::{TaskService, services};
 use crate::timeline::{START_VARIABLE, Timeline};
-use crate::{files, logging, rootfs};
+use crate::{files, logging, rootfs, snapshots};
 
 /// How long the last events may take; containerd waits three seconds for the shim's end.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -102,7 +102,8 @@ async fn serve(
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(services(service))
-        .register_service(files::service(Arc::clone(&sandbox)));
+        .register_service(files::service(Arc::clone(&sandbox)))
+        .register_service(snapshots::service(Arc::clone(&sandbox)));
     server.start().await?;
     info!(log, "serving");
     tokio::task::spawn_blocking(move || rootfs::collect_garbage(&state_dir));

@@ -79,7 +79,7 @@ enum Process {
 }
 
 /// Runs work to its end even if the caller does not wait for it.
-async fn to_the_end<T: Send + 'static>(
+pub(crate) async fn to_the_end<T: Send + 'static>(
     operation: &'static str,
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> ttrpc::Result<T> {

@@ -1,11 +1,11 @@
 //! A container's checkpoint: a snapshot of its VM with its disks, in the store, and what has to be known to make a
-//! container of it again.
+//! container of it again. `super::snapshot` takes its own by the same steps.
 
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
 use slog::{Logger, info, warn};
@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::rootfs::{Layers, StagedLayer};
 use crate::snapshot::manifest::{Disk, LayerKind, Purpose};
 use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError};
-use crate::vm::{Destination, Saved, VmError};
+use crate::vm::{Destination, Saved, SnapshotTimes, VmError};
 
 /// The disks of a container, as its checkpoints want them.
 pub(crate) struct HeldDisks {
@@ -40,12 +40,24 @@ struct Prepared {
 }
 
 /// A snapshot whose VM goes on, and which is being written.
-struct Taken {
+pub(super) struct Taken {
     draft: Draft,
     state: File,
     layer: SnapshotId,
     saved: Saved,
     captured: Vec<File>,
+    /// For how long the container's processes did not run for it.
+    pub(super) stood: Duration,
+}
+
+impl Taken {
+    pub(super) fn id(&self) -> SnapshotId {
+        self.draft.id()
+    }
+
+    pub(super) fn times(&self) -> SnapshotTimes {
+        self.saved.times.clone()
+    }
 }
 
 impl Container {
@@ -61,7 +73,7 @@ impl Container {
         // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
         let turn = end.then_some(turn);
         let written = async {
-            let id = self.finish(taken).await?;
+            let id = self.finish(taken, Purpose::Checkpoint).await?;
             let store = store.clone();
             blocking(move || export(&store, id, &to)).await?;
             Ok::<_, Error>(id)
@@ -93,7 +105,7 @@ impl Container {
     }
 
     /// Until the VM goes on, and with it the container unless it was paused or is to end.
-    async fn stand_and_take(
+    pub(super) async fn stand_and_take(
         &self,
         store: &Store,
         end: bool,
@@ -103,7 +115,7 @@ impl Container {
         self.check(self.phase())?;
         let prepared = self.prepare(store, &mut disks.layers).await?;
         let turn = self.turn.lock().await;
-        let phase = self.phase();
+        let (phase, begun) = (self.phase(), Instant::now());
         let frozen = match self.check(phase) {
             Ok(()) if phase == Phase::Running => self.stand().await,
             other => other,
@@ -116,12 +128,16 @@ impl Container {
         if phase == Phase::Running && (taken.is_err() || !end) {
             self.thaw().await?;
         }
-        Ok((turn, taken?))
+        let mut taken = taken?;
+        if phase == Phase::Running {
+            taken.stood = begun.elapsed();
+        }
+        Ok((turn, taken))
     }
 
     fn check(&self, phase: Phase) -> Result<(), Error> {
         if !matches!(phase, Phase::Running | Phase::Paused) {
-            return Err(Error::State(format!("cannot checkpoint a {} container", phase.name())));
+            return Err(Error::State(format!("cannot take a snapshot of a {} container", phase.name())));
         }
         if self.vm.has_volumes() {
             return Err(Error::Unimplemented(format!(
@@ -205,7 +221,7 @@ impl Container {
             disks: &[(disks.writable.as_str(), &staged.file)],
         };
         match self.vm.save(&to).await {
-            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured }),
+            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured, stood: Duration::ZERO }),
             // The disk may have been switched before that; the new layer is right either way.
             Err(error @ VmError::Ended { .. }) => Err(error.into()),
             // It may still be switched, who knows when.
@@ -221,8 +237,8 @@ impl Container {
     }
 
     /// Waits until all of it is written, and puts it into the store.
-    async fn finish(&self, taken: Taken) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, saved, captured } = taken;
+    pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
+        let Taken { mut draft, mut state, layer, saved, captured, .. } = taken;
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
         let origin = self.vm.origin().map_err(host("look at the memory layers"))?;
@@ -241,7 +257,7 @@ impl Container {
             }
             stacks.push((disks.writable.clone(), captured));
         }
-        let mut about = self.about();
+        let mut about = self.about(purpose);
         blocking(move || {
             let mut bytes = Vec::new();
             let read = state.rewind().and_then(|()| state.read_to_end(&mut bytes));
@@ -264,7 +280,7 @@ impl Container {
     }
 
     /// All of the manifest that is known before the snapshot's files are.
-    fn about(&self) -> Manifest {
+    fn about(&self, purpose: Purpose) -> Manifest {
         let machine = self.vm.machine();
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let remembered = Remembered {
@@ -276,7 +292,7 @@ impl Container {
             created: since.as_secs(),
             labels: remembered.labels(),
             vcpus: machine.vcpus,
-            ..Manifest::about(Purpose::Checkpoint, self.events.namespace(), &self.id)
+            ..Manifest::about(purpose, self.events.namespace(), &self.id)
         }
     }
 }

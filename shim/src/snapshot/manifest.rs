@@ -102,6 +102,18 @@ pub enum Purpose {
     Hibernation,
 }
 
+impl Purpose {
+    /// As in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Checkpoint => "checkpoint",
+            Self::Template => "template",
+            Self::Hibernation => "hibernation",
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

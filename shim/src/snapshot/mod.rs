@@ -40,7 +40,7 @@ pub use self::export::{export_directory, export_tar};
 pub use self::import::{ImportError, import_directory, import_tar};
 pub use self::manifest::{Manifest, ManifestError, SnapshotId};
 pub use self::opened::Opened;
-pub use self::room::{Policy, Pruned};
+pub use self::room::{Policy, Pruned, Size};
 pub use self::store::{Entry, Listing, Store};
 
 /// Below the state directory.

@@ -22,6 +22,20 @@ pub struct Policy {
     pub only: Option<Purpose>,
 }
 
+impl Policy {
+    /// What may come into a store whose operator says nothing: it leaves so much room on the host's disk.
+    pub const ADMITTED: Self = Self { quota: None, max_age: None, reserve: 512 << 20, only: None };
+}
+
+/// Storage that a snapshot's files take, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Size {
+    /// What goes with it when it is removed.
+    pub own: u64,
+    /// What has names elsewhere too: in other snapshots, or in the file systems of images and containers.
+    pub shared: u64,
+}
+
 /// What was removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pruned {
@@ -83,6 +97,17 @@ impl Store {
             }
         }
         Ok((usage, files))
+    }
+
+    /// What vanishes meanwhile takes no room.
+    pub fn size(&self, id: SnapshotId) -> Size {
+        let mut size = Size::default();
+        for entry in std::fs::read_dir(self.path(id)).into_iter().flatten().flatten() {
+            let Ok(metadata) = entry.metadata() else { continue };
+            let part = if metadata.nlink() > 1 { &mut size.shared } else { &mut size.own };
+            *part += metadata.blocks() * 512;
+        }
+        size
     }
 
     /// Bytes of storage that the store takes; what several snapshots share counts once.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use slog::info;
 use spore_vmm::api::{
     Call, Failure, FdIndex, LayerConfig, NextLayer, PROTOCOL_VERSION, Reply, RestoreConfig, RestoredDisk,
-    SnapshotConfig, SnapshotReport,
+    SnapshotConfig, SnapshotReport, SnapshotTimes,
 };
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -85,6 +85,8 @@ impl Settling {
 
 /// A VM whose state is being written by a process of its own.
 pub(crate) struct Saved {
+    /// How long that held the VM up.
+    pub(crate) times: SnapshotTimes,
     report: pipe::Receiver,
     settled: Option<oneshot::Receiver<Outcome>>,
 }
@@ -203,7 +205,7 @@ impl Vm {
             Reply::Snapshotted { times, .. } => {
                 info!(self.log, "the guest is saved"; "layer" => to.layer, "pause_us" => times.pause_ns / 1000,
                     "save_us" => times.save_ns / 1000, "fork_us" => times.fork_ns / 1000);
-                Ok(Saved { report: receiver, settled })
+                Ok(Saved { times, report: receiver, settled })
             }
             other => Err(unexpected("save", &other)),
         }

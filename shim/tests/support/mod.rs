@@ -28,8 +28,8 @@ use spore_agent_api::v1::{
 };
 use spore_agent_api::{NAMES_PORT, RPC_PORT, STDIO_PORT};
 use spore_vmm::api::{
-    AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, MAX_MESSAGE, Message, Metrics,
-    Reply, Request,
+    AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, FdIndex, MAX_MESSAGE, Message,
+    Metrics, Reply, Request, SnapshotConfig, SnapshotDone, SnapshotLayer, SnapshotReport, SnapshotTimes,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
@@ -48,9 +48,11 @@ pub(crate) const FAULT: &str = "fake.fault";
 pub(crate) const DEAF: &str = "fake.deaf";
 /// The agent answers Signal and sends none.
 pub(crate) const IMMORTAL: &str = "fake.immortal";
-/// Start goes on when somebody opens the fifo [`GATE_FIFO`] in TMPDIR.
+/// Start goes on when somebody opens the fifo [`GATE_FIFO`] in TMPDIR. Where that is, so does a snapshot's writer.
 pub(crate) const GATE: &str = "fake.gate";
 pub(crate) const GATE_FIFO: &str = "gate";
+/// A snapshot's writer says that it has failed.
+pub(crate) const UNWRITTEN: &str = "fake.unwritten";
 /// The agent refuses an address.
 pub(crate) const UNROUTED: &str = "fake.unrouted";
 /// The last Update of the network, encoded, in TMPDIR.
@@ -156,6 +158,7 @@ pub(crate) fn fake_vmm() {
                 taps.remove(&slot).expect("a slot that has a tap");
                 Reply::Done
             }
+            Call::Snapshot(config) => save(&config, &fds, &cmdline),
             Call::Metrics => Reply::Metrics(Metrics {
                 boot: BootTimes { entered_ns: 7, ..Default::default() },
                 ..Default::default()
@@ -165,6 +168,37 @@ pub(crate) fn fake_vmm() {
         send(0, &Message::Response { id: request.id, result: Ok(reply) }, &[]);
     }
     std::process::exit(0);
+}
+
+/// How long a snapshot holds the fake up, and no clock says otherwise.
+pub(crate) const PAUSE_NS: u64 = 5;
+
+/// Lets a thread write a snapshot, and goes on.
+fn save(config: &SnapshotConfig, fds: &[OwnedFd], cmdline: &str) -> Reply {
+    use std::io::Write;
+    let file = |at: FdIndex| std::fs::File::from(fds[at.0 as usize].try_clone().unwrap());
+    let (mut state, mut memory, report) = (file(config.state), file(config.memory), file(config.report));
+    let (id, unwritten) = (config.layer_id.clone(), cmdline.contains(UNWRITTEN));
+    std::thread::spawn(move || {
+        let gate = std::env::temp_dir().join(GATE_FIFO);
+        if gate.exists() {
+            std::fs::File::open(gate).unwrap();
+        }
+        state.write_all(b"the machine's state").unwrap();
+        memory.write_all(b"memory").unwrap();
+        let outcome = if unwritten {
+            let message = "snapshot: writing the memory file: No space left".into();
+            SnapshotReport::Failed(Failure { code: FailureCode::HostUnfit, message })
+        } else {
+            let layers = vec![SnapshotLayer { id: id.clone(), bytes: 6, crc32: 0 }];
+            let (state_bytes, memory_bytes, extents, write_ns) = (19, 6, 1, 1);
+            SnapshotReport::Done(SnapshotDone { state_bytes, memory_bytes, extents, layers, write_ns })
+        };
+        serde_json::to_writer(report, &outcome).unwrap();
+        send(0, &Message::Event(Event::DisksSettled { layer_id: id, result: Ok(()) }), &[]);
+    });
+    let times = SnapshotTimes { pause_ns: PAUSE_NS, ..Default::default() };
+    Reply::Snapshotted { times, disks: Vec::new() }
 }
 
 struct Process {
@@ -413,6 +447,24 @@ impl container_ttrpc::Container for Agent {
             host::send_signal(process.pid, signal);
         }
         Ok(container::SignalResponse::new())
+    }
+
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        request: container::PauseRequest,
+    ) -> ttrpc::Result<container::PauseResponse> {
+        host::send_signal(self.processes.lock().unwrap()[&request.id].pid, nix::sys::signal::Signal::SIGSTOP);
+        Ok(container::PauseResponse::new())
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: container::ResumeRequest,
+    ) -> ttrpc::Result<container::ResumeResponse> {
+        host::send_signal(self.processes.lock().unwrap()[&request.id].pid, nix::sys::signal::Signal::SIGCONT);
+        Ok(container::ResumeResponse::new())
     }
 
     async fn delete(

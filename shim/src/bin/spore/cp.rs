@@ -7,7 +7,6 @@
 
 mod host;
 mod place;
-mod progress;
 mod pull;
 mod push;
 
@@ -19,10 +18,10 @@ use serde_json::json;
 
 use crate::Global;
 use crate::failure::Failure;
+use crate::progress::Progress;
 use crate::remote::Remote;
 use crate::show;
 use place::Side;
-use progress::Progress;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use containerd_shim_spore::snapshot::{ImportError, StoreError};
 use containerd_shim_spore::{chain, clean};
 use ttrpc::Code;
 
@@ -25,6 +26,11 @@ pub(crate) enum Failure {
     Nonsense { id: String, detail: String },
     #[error("{operation} {path}: {source}")]
     Host { operation: &'static str, path: String, source: io::Error },
+    /// Worded by the snapshot store, which names object, operation and cause.
+    #[error(transparent)]
+    Snapshot(#[from] StoreError),
+    #[error(transparent)]
+    Import(#[from] ImportError),
     #[error("standard output: {0}")]
     Output(io::Error),
     #[error("interrupted")]

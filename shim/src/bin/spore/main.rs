@@ -10,9 +10,11 @@ mod doctor;
 mod exec;
 mod failure;
 mod fs;
+mod progress;
 mod ps;
 mod remote;
 mod show;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -76,6 +78,9 @@ enum Verb {
     /// Look at the files of a container, and change them
     #[command(subcommand)]
     Fs(fs::Verb),
+    /// Take snapshots of containers, and look after those that there are
+    #[command(subcommand)]
+    Snapshot(snapshot::Verb),
 }
 
 fn main() -> ExitCode {
@@ -94,6 +99,7 @@ fn main() -> ExitCode {
             Verb::Exec(args) => exec::run(&global, args).await,
             Verb::Cp(args) => cp::run(&global, args).await,
             Verb::Fs(verb) => fs::run(&global, verb).await,
+            Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
         }
     });
     // A thread may still wait for input that nobody needs.
@@ -140,9 +146,16 @@ mod tests {
 
     #[test]
     fn mistakes_on_the_command_line_are_status_2() {
-        for line in
-            ["spore", "spore exec web", "spore cp a", "spore fs ls", "spore frobnicate", "spore ps --bad"]
-        {
+        for line in [
+            "spore",
+            "spore exec web",
+            "spore cp a",
+            "spore fs ls",
+            "spore frobnicate",
+            "spore ps --bad",
+            "spore snapshot create web --wait forever",
+            "spore snapshot rm",
+        ] {
             let error = parse(line).map(|_| ()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
         }

@@ -71,13 +71,7 @@ fn context() -> Context {
 
 impl Remote {
     pub(crate) async fn connect(global: &Global, id: &str) -> Result<Self, Failure> {
-        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(good) || id.starts_with('.') {
-            return Err(Failure::Usage(format!("{id:?} is not the id of a container")));
-        }
-        let address = address_of(global, id)?;
-        let client = Client::connect(&address).await.map_err(|error| Failure::of_shim(id, error))?;
-        Ok(Self { client: FilesClient::new(client), id: id.into() })
+        Ok(Self { client: FilesClient::new(shim_of(global, id).await?), id: id.into() })
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -203,6 +197,16 @@ impl Watching {
         }
         Ok(event)
     }
+}
+
+/// A connection to the shim of a container.
+pub(crate) async fn shim_of(global: &Global, id: &str) -> Result<Client, Failure> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(good) || id.starts_with('.') {
+        return Err(Failure::Usage(format!("{id:?} is not the id of a container")));
+    }
+    let address = address_of(global, id)?;
+    Client::connect(&address).await.map_err(|error| Failure::of_shim(id, error))
 }
 
 /// The socket of the shim: where containerd's address, namespace and id put it, else where the

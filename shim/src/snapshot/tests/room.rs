@@ -46,6 +46,30 @@ fn shared_layers_count_once_and_removing_one_frees_only_its_own() {
 }
 
 #[test]
+fn a_size_is_what_goes_and_what_stays_with_others() {
+    let place = Place::new();
+    let first = make(&place.store, "a", &place.disk_file("disk", 5)).unwrap();
+    let disk = std::fs::metadata(place.path("disk")).unwrap().blocks() * 512;
+    let alone = place.store.size(first.id);
+    assert_eq!(alone.shared, disk, "the container's own");
+    let second = make_above(&place.store, first.id);
+    let size = place.store.size(second.id);
+    assert!(size.shared > disk && size.own < alone.own, "{size:?}, before {alone:?}");
+    std::fs::remove_file(place.path("disk")).unwrap();
+    place.store.remove(first.id).unwrap();
+    let left = place.store.size(second.id);
+    assert_eq!((left.shared, left.own), (0, size.own + size.shared));
+    assert_eq!(place.store.size(first.id), Size::default());
+}
+
+#[test]
+fn purposes_are_told_by_the_manifests_words() {
+    for purpose in [Purpose::Snapshot, Purpose::Checkpoint, Purpose::Template, Purpose::Hibernation] {
+        assert_eq!(serde_json::to_value(purpose).unwrap(), purpose.name());
+    }
+}
+
+#[test]
 fn the_oldest_go_until_the_quota_holds() {
     let place = Place::new();
     let ids = ["a", "b", "c"].map(|name| make_sized(&place, name, 4, Purpose::Snapshot));

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use spore_harness::bed::Subject;
 use spore_harness::call::{Output, Running};
 use spore_harness::image::BUSYBOX;
@@ -15,6 +16,8 @@ pub(crate) const CASES: &[Case] = &[
     // The ctr of 1.7 tells only runc.
     Case::new("checkpoint::with_exit_the_task_ends", with_exit).spore_only().starts(2).since("2."),
     Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(3),
+    // What is in the store afterwards is counted.
+    Case::new("checkpoint::snapshot_command", snapshot_command).spore_only().starts(3).alone(),
 ];
 
 /// How long a program may take to show what it does.
@@ -47,6 +50,17 @@ impl Scene {
         let id = self.name(what);
         let runtime = self.subject.runtime.id();
         self.subject.must(&["run", "--detach", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", script])?;
+        Ok(id)
+    }
+
+    /// A task that has ended.
+    fn stopped(&mut self) -> Result<String> {
+        let id = self.start("stopped", "true")?;
+        let deadline = Instant::now() + SHOWN;
+        let ended = |line: &str| line.contains(&id) && line.contains("STOPPED");
+        while !self.subject.must(&["tasks", "ls"])?.lines().any(ended) {
+            ensure!(Instant::now() < deadline, "the task does not end");
+        }
         Ok(id)
     }
 
@@ -140,15 +154,7 @@ fn with_exit(subject: &Subject) -> Result<()> {
 
 fn refusals(subject: &Subject) -> Result<()> {
     let mut scene = Scene::new(subject);
-    let stopped = scene.start("stopped", "true")?;
-    let deadline = Instant::now() + SHOWN;
-    while !subject
-        .must(&["tasks", "ls"])?
-        .lines()
-        .any(|line| line.contains(&stopped) && line.contains("STOPPED"))
-    {
-        ensure!(Instant::now() < deadline, "the task does not end");
-    }
+    let stopped = scene.stopped()?;
     let refused = |id: &str, part: &str| -> Result<()> {
         let output = subject.ctr(&["tasks", "checkpoint", id])?.run()?;
         ensure!(!output.success(), "{output}");
@@ -173,4 +179,74 @@ fn refusals(subject: &Subject) -> Result<()> {
     refused(&id, "bind mounts")?;
     // As if nothing had been asked.
     expect_equal("what it says", &scene.says(&id, "echo here")?.as_str(), &"here\n")
+}
+
+/// Snapshots of the `spore` command: taken of a container that goes on, listed, shown, carried away, removed, brought back.
+fn snapshot_command(subject: &Subject) -> Result<()> {
+    let spore = |args: &[&str]| -> Result<Output> { subject.spore(args)?.run() };
+    let refused = |args: &[&str], status: i32, part: &str| -> Result<()> {
+        let output = spore(args)?;
+        expect_equal("status", &output.code(), &status)?;
+        expect_contains("standard error", &output.errors(), "spore: error: ")?;
+        expect_contains("standard error", &output.errors(), part)
+    };
+    subject.warm_up()?;
+    // It makes the store's directory, which stays.
+    refused(&["snapshot", "import", "/dev/null"], 1, "the archive ends early")?;
+    let before = subject.inventory()?;
+    let mut scene = Scene::new(subject);
+    let source = scene.start("source", COUNTER)?;
+    let must = |args: &[&str]| -> Result<String> {
+        let output = spore(args)?;
+        ensure!(output.success(), "spore {args:?}: {output}");
+        Ok(output.text())
+    };
+    let counted = scene.counted(&source)?;
+    let told = must(&["snapshot", "create", &source, "--wait", "resumed", "--json"])?;
+    let told: Value = serde_json::from_str(&told).with_context(|| told.clone())?;
+    let after = scene.counted(&source)?;
+    ensure!(after.0 > counted.0, "it has not gone on: {counted:?}, {after:?}");
+    for time in ["stood_ns", "pause_ns", "save_ns", "fork_ns"] {
+        ensure!(told[time].as_u64().is_some_and(|ns| ns > 0), "{time} in {told}");
+    }
+    let durable = must(&["snapshot", "create", &source])?;
+    let (first, durable) = (told["id"].as_str().unwrap_or_default(), durable.trim_end());
+    let listed = || -> Result<Vec<Value>> { Ok(serde_json::from_str(&must(&["snapshot", "ls", "--json"])?)?) };
+    let has = |rows: &[Value], id: &str| rows.iter().any(|row| row["id"] == id && row["container"] == source.as_str());
+    ensure!(has(&listed()?, durable), "{durable} is not in the store");
+    let deadline = Instant::now() + SHOWN;
+    while !has(&listed()?, first) {
+        ensure!(Instant::now() < deadline, "{first} does not come into the store");
+    }
+    let table = must(&["snapshot", "ls"])?;
+    let line = table.lines().find(|line| line.contains(durable)).with_context(|| table.clone())?;
+    expect_contains("its line", line, &source)?;
+    expect_contains("its line", line, "snapshot")?;
+    let manifest: Value = serde_json::from_str(&must(&["snapshot", "inspect", &durable[..12]])?)?;
+    expect_equal("the manifest's id", &manifest["id"], &durable.into())?;
+    expect_equal("its purpose", &manifest["purpose"], &"snapshot".into())?;
+
+    let archive = tempfile::NamedTempFile::new()?;
+    let path = archive.path().to_string_lossy().into_owned();
+    let exported = spore(&["snapshot", "export", durable, &path])?;
+    ensure!(exported.success(), "{exported}");
+    expect_contains("standard error", &exported.errors(), "memory travels")?;
+    let streamed = spore(&["snapshot", "export", durable, "-"])?;
+    ensure!(streamed.success() && streamed.stdout == std::fs::read(&path)?, "another archive on standard output");
+    must(&["snapshot", "rm", durable])?;
+    ensure!(!has(&listed()?, durable), "{durable} is still there");
+    expect_equal("the imported id", &must(&["snapshot", "import", &path])?.trim_end(), &durable)?;
+    let known = subject.spore(&["snapshot", "import", "-"])?.stdin(streamed.stdout).run()?;
+    expect_equal("the id of what is there already", &known.text().trim_end(), &durable)?;
+    expect_equal("what came back", &must(&["snapshot", "inspect", durable, "--json"])?, &format!("{manifest}\n"))?;
+
+    refused(&["snapshot", "create", &scene.stopped()?], 1, "stopped container")?;
+    refused(&["snapshot", "create", "nobodys"], 1, "no shim of it answers")?;
+    refused(&["snapshot", "rm", first, "ffffffffffff"], 1, "there is none")?;
+    refused(&["snapshot", "inspect", "0"], 1, "there is none")?;
+    refused(&["snapshot", "create", "../x"], 2, "is not the id of a container")?;
+    ensure!(has(&listed()?, first), "{first} was removed with an id that means none");
+    must(&["snapshot", "rm", first, durable])?;
+    drop((scene, archive));
+    subject.nothing_beyond(&before)
 }

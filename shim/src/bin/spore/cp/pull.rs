@@ -11,9 +11,9 @@ use spore_agent_api::v1::files::{Attributes, Entry};
 
 use super::host::Directory;
 use super::place::{There, target};
-use super::progress::Progress;
 use super::{MAX_DEPTH, Options, join, until_interrupted};
 use crate::failure::Failure;
+use crate::progress::Progress;
 use crate::remote::{Found, Remote};
 use crate::show;
 

@@ -16,9 +16,9 @@ use spore_agent_api::v1::files::{Mode, Owner, SetAttributesRequest, Size, Times,
 use ttrpc::Code;
 
 use super::place::{There, target};
-use super::progress::Progress;
 use super::{MAX_DEPTH, Options, draft_name, join, until_interrupted};
 use crate::failure::Failure;
+use crate::progress::Progress;
 use crate::remote::Remote;
 use crate::show;
 

@@ -1,4 +1,4 @@
-//! What a copy has done so far: on a terminal, once it takes more than a second, as a line that
+//! What a command has done so far: on a terminal, once it takes more than a second, as a line that
 //! moves.
 
 use std::cell::{Cell, OnceCell};
@@ -9,10 +9,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// What is done sooner is not worth a line.
 const PATIENCE: Duration = Duration::from_secs(1);
-const LINE: &str = "{spinner} {bytes} ({bytes_per_sec}) {wide_msg}";
+const COPYING: &str = "{spinner} {bytes} ({bytes_per_sec}) {wide_msg}";
+const WAITING: &str = "{spinner} {elapsed} {wide_msg}";
 
-pub(super) struct Progress {
+pub(crate) struct Progress {
     begin: Instant,
+    line: &'static str,
     shown: bool,
     bar: OnceCell<ProgressBar>,
     entries: Cell<u64>,
@@ -20,9 +22,20 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn new() -> Self {
+    /// Of bytes that are copied.
+    pub(crate) fn new() -> Self {
+        Self::with(COPYING)
+    }
+
+    /// Of something that somebody else does.
+    pub(crate) fn waiting() -> Self {
+        Self::with(WAITING)
+    }
+
+    fn with(line: &'static str) -> Self {
         Self {
             begin: Instant::now(),
+            line,
             shown: std::io::stderr().is_terminal(),
             bar: OnceCell::new(),
             entries: Cell::new(0),
@@ -31,15 +44,24 @@ impl Progress {
     }
 
     /// An entry is copied.
-    pub(super) fn entry(&self, name: &[u8]) {
+    pub(crate) fn entry(&self, name: &[u8]) {
         self.entries.set(self.entries.get() + 1);
         self.draw(Some(name));
     }
 
     /// So many bytes more.
-    pub(super) fn bytes(&self, count: usize) {
+    pub(crate) fn bytes(&self, count: usize) {
         self.bytes.set(self.bytes.get().saturating_add(count as u64));
         self.draw(None);
+    }
+
+    /// So many bytes in all, of what is named so; called again and again.
+    pub(crate) fn now(&self, bytes: u64, name: &str) {
+        self.bytes.set(bytes);
+        self.draw(Some(name.as_bytes()));
+        if let Some(bar) = self.bar.get() {
+            bar.tick();
+        }
     }
 
     fn draw(&self, name: Option<&[u8]>) {
@@ -48,7 +70,7 @@ impl Progress {
         }
         let bar = self.bar.get_or_init(|| {
             let style =
-                ProgressStyle::with_template(LINE).unwrap_or_else(|_| ProgressStyle::default_spinner());
+                ProgressStyle::with_template(self.line).unwrap_or_else(|_| ProgressStyle::default_spinner());
             ProgressBar::new_spinner().with_style(style).with_elapsed(self.begin.elapsed())
         });
         bar.set_position(self.bytes.get());
@@ -58,14 +80,14 @@ impl Progress {
     }
 
     /// Takes the line away.
-    pub(super) fn finish(&self) {
+    pub(crate) fn finish(&self) {
         if let Some(bar) = self.bar.get() {
             bar.finish_and_clear();
         }
     }
 
     /// Entries and bytes.
-    pub(super) fn totals(&self) -> (u64, u64) {
+    pub(crate) fn totals(&self) -> (u64, u64) {
         (self.entries.get(), self.bytes.get())
     }
 }

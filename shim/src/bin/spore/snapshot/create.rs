@@ -1,0 +1,68 @@
+//! `spore snapshot create`.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use containerd_shim_spore::api::v1::snapshots::CreateRequest;
+use containerd_shim_spore::api::v1::snapshots::create_request::Wait as Told;
+use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
+use serde_json::json;
+use ttrpc::context::Context;
+
+use crate::Global;
+use crate::failure::Failure;
+use crate::progress::Progress;
+use crate::remote::shim_of;
+use crate::show;
+
+/// Between two looks at the clock.
+const TICK: Duration = Duration::from_millis(100);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The container's id
+    container: String,
+    /// What to wait for
+    #[arg(long, value_enum, default_value_t = Wait::Durable)]
+    wait: Wait,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Wait {
+    /// The snapshot is on disk
+    Durable,
+    /// The container goes on, while the snapshot is being written; it is lost if the container is deleted before that is done
+    Resumed,
+}
+
+pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
+    let Args { container, wait } = args;
+    let client = SnapshotsClient::new(shim_of(global, &container).await?);
+    let told = if wait == Wait::Durable { Told::DURABLE } else { Told::RESUMED };
+    let request = CreateRequest { id: container.clone(), wait: told.into(), ..Default::default() };
+    // As long as it takes: the shim bounds each step, and its end ends the call.
+    let call = client.create(Context::default(), &request);
+    tokio::pin!(call);
+    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
+    let answer = loop {
+        tokio::select! {
+            answer = &mut call => break answer,
+            _ = ticks.tick() => progress.now(0, &format!("writing the snapshot of {container}")),
+        }
+    };
+    progress.finish();
+    let answer = answer.map_err(|error| Failure::of_shim(&container, error))?;
+    if !global.json {
+        return show::line(&answer.snapshot);
+    }
+    show::json(&json!({
+        "id": answer.snapshot,
+        "durable": wait == Wait::Durable,
+        "stood_ns": answer.stood_ns,
+        "pause_ns": answer.pause_ns,
+        "quiesce_ns": answer.quiesce_ns,
+        "save_ns": answer.save_ns,
+        "fork_ns": answer.fork_ns,
+        "switch_ns": answer.switch_ns,
+    }))
+}

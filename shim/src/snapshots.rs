@@ -1,0 +1,50 @@
+//! The Snapshots service for the `spore` command, on the socket of the Task service: decodes, delegates to the container,
+//! encodes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::api::v1::snapshots::create_request::Wait;
+use crate::api::v1::snapshots::{CreateRequest, CreateResponse};
+use crate::api::v1::snapshots_ttrpc::{self, create_snapshots};
+use crate::error::Error;
+use crate::sandbox::Sandbox;
+use crate::task::to_the_end;
+
+/// The method table.
+pub(crate) fn service(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
+    create_snapshots(Arc::new(Snapshots { sandbox }))
+}
+
+struct Snapshots {
+    sandbox: Arc<Sandbox>,
+}
+
+#[async_trait]
+impl snapshots_ttrpc::Snapshots for Snapshots {
+    async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> ttrpc::Result<CreateResponse> {
+        let wait = request.wait.enum_value().map_err(|number| {
+            Error::Invalid(format!("snapshot of container {}: there is no wait {number}", request.id))
+        })?;
+        let container = self.sandbox.container(&request.id)?;
+        let store = self.sandbox.store();
+        let underway = to_the_end("snapshot", async move { container.snapshot(store).await }).await?;
+        let answer = CreateResponse {
+            snapshot: underway.id.to_string(),
+            stood_ns: u64::try_from(underway.stood.as_nanos()).unwrap_or(u64::MAX),
+            pause_ns: underway.times.pause_ns,
+            quiesce_ns: underway.times.quiesce_ns,
+            save_ns: underway.times.save_ns,
+            fork_ns: underway.times.fork_ns,
+            switch_ns: underway.times.switch_ns,
+            ..Default::default()
+        };
+        if wait == Wait::DURABLE {
+            underway.written().await?;
+        }
+        Ok(answer)
+    }
+}
