@@ -1,4 +1,5 @@
 mod archive;
+mod damaged;
 mod hostile;
 mod kill;
 mod room;
