@@ -13,6 +13,7 @@ use protobuf::well_known_types::any::Any;
 
 use crate::config::Machine;
 use crate::error::Error;
+use crate::rootfs::Image;
 use crate::snapshot::manifest::{FILE, LayerKind, Purpose};
 use crate::snapshot::{
     ImportError, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
@@ -89,12 +90,13 @@ pub(crate) async fn blocking<T: Send + 'static, E: Send + 'static + Into<Error>>
 
 /// Whether there is room for a snapshot of this machine, at worst.
 pub(crate) fn admit(store: &Store, machine: &Machine) -> Result<(), StoreError> {
-    prune(store)?;
+    prune(store, None)?;
     store.admit(&Policy::ADMITTED, machine.memory_mib << 20)
 }
 
-fn prune(store: &Store) -> Result<(), StoreError> {
-    let aged = Policy { max_age: Some(KEPT), only: Some(Purpose::Checkpoint), ..Policy::default() };
+/// Removes what the store has kept for long enough, or so many of it.
+pub(crate) fn prune(store: &Store, most: Option<usize>) -> Result<(), StoreError> {
+    let aged = Policy { max_age: Some(KEPT), only: Some(Purpose::Checkpoint), most, ..Policy::default() };
     store.prune(&aged, 0, SystemTime::now()).map(drop)
 }
 
@@ -132,7 +134,7 @@ pub(crate) struct Restored {
     /// Memory layers by id.
     pub(crate) memory: Vec<(String, File)>,
     /// Read-only disks by serial.
-    pub(crate) lower: Vec<(String, File)>,
+    pub(crate) lower: Vec<(String, Image)>,
     /// The writable one's serial and layers, from the bottom up.
     pub(crate) writable: (String, Vec<File>),
 }
@@ -140,7 +142,7 @@ pub(crate) struct Restored {
 impl Restored {
     /// Takes the checkpoint in a directory into the store, if it is not there yet, and opens it.
     pub(crate) fn import(store: &Store, dir: &Path) -> Result<Self, ImportError> {
-        prune(store)?;
+        prune(store, None)?;
         let id = import_directory(store, dir, &Policy::ADMITTED)?;
         let opened = store.open(id)?;
         Self::new(&opened)
@@ -165,17 +167,21 @@ impl Restored {
         for (layer, file) in files.iter().filter(|(layer, _)| layer.kind == LayerKind::Memory) {
             memory.push((layer.id.to_string(), copy(file)?));
         }
-        let (mut lower, mut writable) = (Vec::new(), None);
+        let (mut lower, mut writable): (Vec<_>, _) = (Vec::new(), None);
         for disk in &manifest.disks {
-            let mut layers = Vec::new();
+            let (mut layers, mut digests) = (Vec::new(), Vec::new());
             for &at in &disk.layers {
                 let file = usize::try_from(at).ok().and_then(|at| files.get(at));
-                let (_, file) = file.ok_or_else(|| unfit("a disk without its layer"))?;
+                let (layer, file) = file.ok_or_else(|| unfit("a disk without its layer"))?;
                 layers.push(copy(file)?);
+                digests.push(&layer.file.sha256);
             }
-            match (disk.serial.starts_with("rw"), layers.len()) {
+            match (disk.serial.starts_with("rw"), &digests[..]) {
                 (true, _) if writable.is_none() => writable = Some((disk.serial.clone(), layers)),
-                (false, 1) => lower.extend(layers.into_iter().map(|file| (disk.serial.clone(), file))),
+                (false, [digest]) => {
+                    let images = layers.into_iter().map(|file| Image::told(file, digest));
+                    lower.extend(images.map(|image| (disk.serial.clone(), image)));
+                }
                 _ => return Err(unfit("disks that no container of Spore's has")),
             }
         }
@@ -197,6 +203,37 @@ pub(crate) fn memory_file(bytes: &[u8]) -> std::io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::Manifest;
+
+    #[test]
+    fn a_checkpoint_is_kept_for_a_day_and_snapshots_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        prune(&store, None).unwrap();
+        let [old, older, asked, young] = [
+            (Purpose::Checkpoint, 25),
+            (Purpose::Checkpoint, 26),
+            (Purpose::Snapshot, 1000),
+            (Purpose::Checkpoint, 23),
+        ]
+        .map(|(purpose, hours)| {
+            let mut draft = store.begin().unwrap();
+            draft.state(b"x").unwrap();
+            let id = draft.publish(Manifest::about(purpose, "default", "web")).unwrap().id;
+            let arrived = SystemTime::now() - Duration::from_secs(hours * 3600);
+            File::open(store.root().join(id.to_string())).unwrap().set_modified(arrived).unwrap();
+            id
+        });
+        let there = || -> Vec<_> {
+            store.list().unwrap().entries.iter().map(|entry| entry.manifest.id).collect()
+        };
+        prune(&store, Some(1)).unwrap();
+        assert_eq!(there(), [asked, old, young], "{older} was the oldest of them");
+        prune(&store, Some(1)).unwrap();
+        assert_eq!(there(), [asked, young]);
+        prune(&store, None).unwrap();
+        assert_eq!(there(), [asked, young]);
+    }
 
     #[test]
     fn what_a_snapshot_remembers_is_read_from_its_labels() {

@@ -29,6 +29,7 @@ pub(crate) use self::checkpoint::HeldDisks;
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
 use self::limits::Checked;
+use crate::checkpoint::blocking;
 use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestError, GuestProcess};
@@ -158,6 +159,10 @@ impl Container {
     }
 
     pub(crate) async fn start(self: &Arc<Self>) -> Result<(), Error> {
+        let restored = match self.restored {
+            true => Some(self.disks.lock().await.layers.clone()),
+            false => None,
+        };
         let _turn = self.turn.lock().await;
         match self.phase() {
             Phase::Created => {}
@@ -167,7 +172,9 @@ impl Container {
         self.network.sync(&self.vm, &self.guest).await?;
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
-        if self.restored {
+        if let Some(disk) = restored {
+            // Before anything is written to it.
+            blocking(move || disk.keep()).await?;
             with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
         } else {
             with_vm(&self.vm, "starting the container", self.guest.start(&self.guest_id, "")).await?;

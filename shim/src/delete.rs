@@ -13,6 +13,7 @@ use protobuf::Message;
 
 use crate::bootstrap;
 use crate::bundle::Bundle;
+use crate::checkpoint;
 use crate::config::Config;
 use crate::container::timestamp;
 use crate::hooks::Point;
@@ -22,6 +23,8 @@ use crate::snapshot::Store;
 
 /// 128 + SIGKILL: what runc's shim reports here.
 const KILLED: u32 = 137;
+/// Snapshots that one `delete` removes at most: the next one goes on.
+const PRUNED: usize = 4;
 /// For all hooks together: containerd gives `delete` five seconds.
 const HOOKS: Duration = Duration::from_secs(3);
 
@@ -60,11 +63,14 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
     }
     rootfs::collect_garbage(&config.state_dir);
     rootfs::sweep(&config.state_dir);
-    Store::new(&config.state_dir).sweep();
     if let Some(holder) = record.holder.filter(|_| !record.ending)
         && let Err(problem) = poststop(bundle, &flags.id, holder.pid)
     {
         eprintln!("delete {}: {problem}", flags.id);
+    }
+    // Last: the sandbox is gone, whatever comes of this.
+    if let Err(error) = checkpoint::prune(&Store::new(&config.state_dir), Some(PRUNED)) {
+        eprintln!("delete {}: {error}", flags.id);
     }
     let response = DeleteResponse {
         pid: record.holder.map_or(0, |holder| holder.pid),

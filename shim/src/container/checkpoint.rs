@@ -13,15 +13,15 @@ use slog::{Logger, info, warn};
 use super::{Container, Phase, with_vm};
 use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
 use crate::error::Error;
-use crate::rootfs::{Layers, StagedLayer};
+use crate::rootfs::{Image, Layers, StagedLayer};
 use crate::snapshot::manifest::{Disk, LayerKind, Purpose};
-use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError};
+use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError, digest};
 use crate::vm::{Destination, Saved, SnapshotTimes, VmError};
 
 /// The disks of a container, as its checkpoints want them.
 pub(crate) struct HeldDisks {
     /// Read-only ones by serial.
-    pub(crate) lower: Vec<(String, File)>,
+    pub(crate) lower: Vec<(String, Image)>,
     /// The writable one's serial and files.
     pub(crate) writable: String,
     pub(crate) layers: Layers,
@@ -249,14 +249,14 @@ impl Container {
             let message = format!("it needs the memory layer {missing}, which the VM was not restored from");
             return Err(VmError::Refused { operation: "write a snapshot", message }.into());
         }
-        let mut stacks = Vec::new();
-        {
+        let mut images = Vec::new();
+        let writable = {
             let disks = self.disks.lock().await;
-            for (serial, file) in &disks.lower {
-                stacks.push((serial.clone(), vec![file.try_clone().map_err(host("look at a disk"))?]));
+            for (serial, image) in &disks.lower {
+                images.push((serial.clone(), image.try_clone().map_err(host("look at a disk"))?));
             }
-            stacks.push((disks.writable.clone(), captured));
-        }
+            disks.writable.clone()
+        };
         let mut about = self.about(purpose);
         blocking(move || {
             let mut bytes = Vec::new();
@@ -270,10 +270,13 @@ impl Container {
                 let id = id.parse().map_err(|source| StoreError::Manifest { id: layer, source })?;
                 draft.link_layer(id, LayerKind::Memory, file)?;
             }
-            for (serial, files) in stacks {
-                let added = files.iter().map(|file| draft.add_layer(LayerKind::Disk, file));
-                about.disks.push(Disk { serial, layers: added.collect::<Result<_, _>>()? });
+            for (serial, image) in images {
+                let digest = image.digest(digest).map_err(StoreError::own("read", "an image"))?;
+                let added = draft.add_layer(LayerKind::Disk, image.file(), Some(digest))?;
+                about.disks.push(Disk { serial, layers: vec![added] });
             }
+            let added = captured.iter().map(|file| draft.add_layer(LayerKind::Disk, file, None));
+            about.disks.push(Disk { serial: writable, layers: added.collect::<Result<_, _>>()? });
             Ok::<_, StoreError>(draft.publish(about)?.id)
         })
         .await

@@ -1,5 +1,5 @@
 //! Takes away what nobody needs in the state directory: layers whose root directory is gone,
-//! disks of sandboxes that ended, files that killed shims left half-made. Cheap when there is
+//! disks of sandboxes that ended, files and restored disks that killed shims left half-made. Cheap when there is
 //! nothing; problems are left to the next call.
 
 use std::io;
@@ -37,13 +37,14 @@ pub(crate) fn sweep(state_dir: &Path) {
         temporary::sweep(&state_dir.join(dir));
     }
     for dir in entries(&state_dir.join(WRITABLE)) {
-        temporary::sweep(&dir);
+        sweep_layer(&dir);
     }
 }
 
 /// The same for one directory of layers, wherever it is.
 pub(crate) fn sweep_layer(dir: &Path) {
     temporary::sweep(dir);
+    writable::restoring::sweep(dir);
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
 use super::build::{DISK_FULL, Input, Job, SUBCOMMAND};
-use super::{RootfsError, superblock, temporary};
+use super::{Image, RootfsError, superblock, temporary};
 use crate::process::ProcessId;
 
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -61,15 +61,15 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 /// The image of merged layers, from the cache or made now.
-pub(super) async fn merged(state_dir: &Path, key: &str, lowers: &[PathBuf]) -> Result<File, RootfsError> {
+pub(super) async fn merged(state_dir: &Path, key: &str, lowers: &[PathBuf]) -> Result<Image, RootfsError> {
     let target = state_dir.join("images").join(format!("{key}.erofs"));
     if let Ok(file) = superblock::open(&target) {
-        return Ok(file);
+        return Ok(Image::cached(file, &target));
     }
     // A file that fails the check is replaced: the lock's holder checks again.
     match make(state_dir, Input::Merged(lowers.to_vec()), &target, false).await {
         Err(error) => Err(with_bad_image(&target, error)),
-        Ok(()) => open(&target),
+        Ok(()) => Ok(Image::cached(open(&target)?, &target)),
     }
 }
 

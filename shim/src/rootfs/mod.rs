@@ -11,6 +11,7 @@
 pub(crate) mod build;
 pub(crate) mod changes;
 mod containerd;
+mod digest;
 mod garbage;
 mod images;
 pub(crate) mod lock;
@@ -37,6 +38,7 @@ use slog::{Logger, debug, info};
 
 use self::changes::Ground;
 pub(crate) use self::changes::{Changes, ChangesError};
+pub(crate) use self::digest::Image;
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
 pub(crate) use self::source::Source;
 pub use self::sparse::next_data;
@@ -92,7 +94,7 @@ pub(crate) struct Request<'a> {
 #[derive(Debug)]
 pub(crate) struct Disks {
     /// Uppermost first.
-    pub(crate) lower: Vec<File>,
+    pub(crate) lower: Vec<Image>,
     pub(crate) writable: WritableDisk,
     /// For a layer that has an upper directory on the host.
     pub(crate) changes: Option<Changes>,
@@ -108,7 +110,10 @@ pub(crate) struct Paths {
 
 impl Disks {
     pub(crate) fn paths(&self) -> Paths {
-        Paths { lower: self.lower.iter().map(path_of).collect(), writable: path_of(&self.writable.top) }
+        Paths {
+            lower: self.lower.iter().map(|image| path_of(image.file())).collect(),
+            writable: path_of(&self.writable.top),
+        }
     }
 }
 
@@ -222,14 +227,15 @@ async fn lower(
     ground: Ground,
     beside: &Path,
     log: &Logger,
-) -> Result<Vec<File>, RootfsError> {
+) -> Result<Vec<Image>, RootfsError> {
     let state_dir = request.state_dir;
     let mut disks = Vec::new();
     match source {
         Source::Directory { path, frozen } => {
             // A snapshot's directory is nobody else's and is converted once; a directory of
             // the user's may have changed since the last task.
-            disks.push(images::tree(state_dir, path, &beside.join("base.erofs"), !frozen).await?);
+            let target = beside.join("base.erofs");
+            disks.push(Image::other(images::tree(state_dir, path, &target, !frozen).await?));
         }
         Source::Overlay { lowers, .. } => {
             disks.extend(upper_disk(state_dir, ground, beside).await?);
@@ -239,7 +245,7 @@ async fn lower(
             disks.extend(upper_disk(state_dir, ground, beside).await?);
             if images.len() <= usize::from(MOST_LAYER_DISKS) {
                 for image in images {
-                    disks.push(images::open(image)?);
+                    disks.push(Image::other(images::open(image)?));
                 }
             } else {
                 // The snapshotter has mounted each on the directory beside it.
@@ -251,7 +257,7 @@ async fn lower(
     Ok(disks)
 }
 
-async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Result<File, RootfsError> {
+async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Result<Image, RootfsError> {
     let key = match containerd::chain_id(request).await {
         Ok(Some(chain)) => images::chain_key(&chain),
         Ok(None) => None,
@@ -267,9 +273,11 @@ async fn merged(request: &Request<'_>, lowers: &[PathBuf], log: &Logger) -> Resu
     images::merged(request.state_dir, &key, lowers).await
 }
 
-async fn upper_disk(state_dir: &Path, ground: Ground, beside: &Path) -> Result<Option<File>, RootfsError> {
+async fn upper_disk(state_dir: &Path, ground: Ground, beside: &Path) -> Result<Option<Image>, RootfsError> {
     match ground {
-        Ground::Directory(directory) => upper::image(state_dir, &directory, beside).await,
+        Ground::Directory(directory) => {
+            Ok(upper::image(state_dir, &directory, beside).await?.map(Image::other))
+        }
         Ground::Nothing => Ok(None),
     }
 }
@@ -302,7 +310,8 @@ mod tests {
         file("writable.ext4");
         let layers = writable::layers::Layers::find(dir.path()).unwrap().unwrap();
         let writable = layers.open().unwrap();
-        let disks = Disks { lower: vec![file("upper.erofs"), file("chain.erofs")], writable, changes: None };
+        let image = |name| Image::other(file(name));
+        let disks = Disks { lower: vec![image("upper.erofs"), image("chain.erofs")], writable, changes: None };
         let lower = ["ro0".to_string(), "ro1".to_string()];
         let explain = |said: &str| {
             disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()

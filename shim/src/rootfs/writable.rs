@@ -3,6 +3,7 @@
 //! captured ([`layers`]).
 
 pub(crate) mod layers;
+pub(super) mod restoring;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -117,7 +118,8 @@ pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<Wri
     made.ok_or_else(|| host("open", &disk)(io::ErrorKind::NotFound.into()))?.open()
 }
 
-/// As [`open`], for a layer that is not there yet and shall be what these files are, see [`Layers::adopt`].
+/// As [`open`], for a layer that is not there yet and shall be what these files are, see [`Layers::adopt`]. It goes with its
+/// sandbox until [`Layers::keep`].
 pub(super) fn adopt(place: &Place, files: &[File]) -> Result<WritableDisk, RootfsError> {
     let _preparing = enter(place)?;
     if Layers::find(&place.dir)?.is_some() {
@@ -131,6 +133,7 @@ pub(super) fn adopt(place: &Place, files: &[File]) -> Result<WritableDisk, Rootf
 fn enter(place: &Place) -> Result<File, RootfsError> {
     let preparing = lock::directory(&place.dir)?;
     temporary::sweep(&place.dir);
+    restoring::discard(&place.dir)?;
     match &place.life {
         Life::Owned(owner) => write_owner(&place.dir, owner)?,
         Life::Sandbox => remove_stale(&place.dir)?,

@@ -74,8 +74,8 @@ impl Sandbox {
             }
             let paths = disks.paths();
             let mut lower = Vec::new();
-            for file in disks.lower {
-                lower.push((vm.attach_disk(&file, &[], true).await?, file));
+            for image in disks.lower {
+                lower.push((vm.attach_disk(image.file(), &[], true).await?, image));
             }
             let WritableDisk { top, below, layers } = disks.writable;
             let writable = vm.attach_disk(&top, &below, false).await?;
@@ -100,7 +100,7 @@ impl Sandbox {
         self.mark("rootfs_ready_ns");
         let WritableDisk { top, below, layers } = disks.writable;
         let disk = ImageDisk { serial: &writable, top: &top, below: &below };
-        let fixed = lower.iter().map(|(serial, file)| ImageDisk { serial, top: file, below: &[] });
+        let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
         let image = Image {
             state: &state,
             layers: memory.iter().map(|(id, file)| (id.clone(), file)).collect(),

@@ -106,10 +106,21 @@ impl Draft {
     }
 
     /// Takes a file as it is, which nobody is going to change: by a further name for it, or where that cannot be (another
-    /// file system, too many names) by a copy. Its position.
-    pub fn add_layer(&mut self, kind: LayerKind, file: &File) -> Result<u32, StoreError> {
+    /// file system, too many names) by a copy. Its digest, when it is known, is not computed again. Its position.
+    pub fn add_layer(
+        &mut self,
+        kind: LayerKind,
+        file: &File,
+        digest: Option<String>,
+    ) -> Result<u32, StoreError> {
         let id = self.new_id()?;
-        self.link_layer(id, kind, file)
+        let at = self.link_layer(id, kind, file)?;
+        if let (Some(sha256), Some(last)) = (digest, self.layers.last_mut()) {
+            let path = self.dir.path().join(last.file_name());
+            let length = std::fs::metadata(&path).map_err(host("look at", &path))?.len();
+            last.file = manifest::File { length, sha256 };
+        }
+        Ok(at)
     }
 
     /// The same for a layer that its id names already.

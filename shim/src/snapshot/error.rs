@@ -62,6 +62,17 @@ pub(super) fn host(operation: &'static str, path: &Path) -> impl FnOnce(io::Erro
 }
 
 impl StoreError {
+    /// Whether the snapshot is what no snapshot of ours is, so that nobody can use it any more. A newer release's is none
+    /// of these, nor is one that just cannot be read now.
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            Self::Manifest { source, .. } => !matches!(source, ManifestError::Newer { .. }),
+            Self::File { source: FileError::Read(error), .. } => error.raw_os_error() == Some(libc::EIO),
+            Self::File { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The same for work on a snapshot's files outside the store.
     pub(crate) fn own<'a, P: AsRef<Path> + ?Sized>(
         operation: &'static str,

@@ -125,21 +125,21 @@ impl<'a> Receiver<'a> {
         Ok(known)
     }
 
-    /// Whether the store has it. Another one of the same id is an error.
+    /// Whether the store has it. Another one of the same id is an error; a damaged one is in nobody's way.
     fn known(&self, manifest: &Manifest) -> Result<Option<SnapshotId>, ImportError> {
         let id = manifest.id;
-        match self.store.open(id) {
+        match self.store.open_unchanged(id) {
             Ok(there) if there.manifest == *manifest => Ok(Some(id)),
             Ok(_) => Err(StoreError::Exists { id }.into()),
             Err(StoreError::NoSuch { .. }) => Ok(None),
-            // A damaged one is in the way; to remove it is the user's decision.
+            Err(error) if error.is_damage() => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn finish(self) -> Result<SnapshotId, ImportError> {
+    fn finish(mut self) -> Result<SnapshotId, ImportError> {
         let missing = |name: &str| ImportError::Missing(name.to_owned());
-        let (manifest, bytes) = self.manifest.ok_or_else(|| missing(FILE))?;
+        let (manifest, bytes) = self.manifest.take().ok_or_else(|| missing(FILE))?;
         let id = manifest.id;
         if !self.names.contains(STATE) {
             return Err(missing(STATE));
@@ -158,12 +158,21 @@ impl<'a> Receiver<'a> {
         }
         // State and lengths, as at every opening.
         super::Opened::new(manifest.clone(), &dir)?;
+        // Another import of the same may have been faster.
+        if let Some(known) = self.known(&manifest)? {
+            return Ok(known);
+        }
         let store = self.store;
+        // A damaged one makes room only now, for one that is whole.
+        match store.remove(id) {
+            Ok(()) | Err(StoreError::NoSuch { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         match self.draft.finish(id, &bytes) {
             Ok(()) => Ok(id),
-            // Another import of the same was faster.
+            // Faster after all.
             Err(StoreError::Exists { .. })
-                if store.open(id).is_ok_and(|there| there.manifest == manifest) =>
+                if store.open_unchanged(id).is_ok_and(|there| there.manifest == manifest) =>
             {
                 Ok(id)
             }

@@ -41,6 +41,7 @@ pub use self::import::{ImportError, import_directory, import_tar};
 pub use self::manifest::{Manifest, ManifestError, SnapshotId};
 pub use self::opened::Opened;
 pub use self::room::{Policy, Pruned, Size};
+pub(crate) use self::sparse::digest;
 pub use self::store::{Entry, Listing, Store};
 
 /// Below the state directory.

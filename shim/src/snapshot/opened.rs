@@ -1,7 +1,8 @@
 //! A snapshot that is read.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
@@ -51,8 +52,21 @@ impl Opened {
 
     /// Reads all layers and compares them with what the manifest says of them.
     pub fn verify(&self) -> Result<(), StoreError> {
+        self.verify_those(|_| Ok(true))
+    }
+
+    /// The same for the layers that were written to at this time or later.
+    pub(super) fn verify_written_since(&self, time: SystemTime) -> Result<(), StoreError> {
+        self.verify_those(|file| Ok(file.metadata()?.modified()? >= time))
+    }
+
+    fn verify_those(&self, which: impl Fn(&File) -> io::Result<bool>) -> Result<(), StoreError> {
         for (layer, file) in self.layers() {
-            let checked = sparse::digest(file).map_err(FileError::Read);
+            let checked = match which(file) {
+                Ok(false) => continue,
+                Ok(true) => sparse::digest(file).map_err(FileError::Read),
+                Err(error) => Err(FileError::Read(error)),
+            };
             checked.and_then(|found| same(found, &layer.file.sha256)).map_err(|source| StoreError::File {
                 id: self.manifest.id,
                 file: layer.file_name(),

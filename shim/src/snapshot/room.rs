@@ -20,11 +20,13 @@ pub struct Policy {
     pub reserve: u64,
     /// What is removed to that end; all but hibernating tasks by default.
     pub only: Option<Purpose>,
+    /// How many are removed at most.
+    pub most: Option<usize>,
 }
 
 impl Policy {
     /// What may come into a store whose operator says nothing: it leaves so much room on the host's disk.
-    pub const ADMITTED: Self = Self { quota: None, max_age: None, reserve: 512 << 20, only: None };
+    pub const ADMITTED: Self = Self { quota: None, max_age: None, reserve: 512 << 20, only: None, most: None };
 }
 
 /// Storage that a snapshot's files take, in bytes.
@@ -110,6 +112,15 @@ impl Store {
         size
     }
 
+    /// Whether anything may be too old. It reads no manifest, so that asking often costs little.
+    fn has_aged(&self, policy: &Policy, now: SystemTime) -> Result<bool, StoreError> {
+        let Some(max) = policy.max_age else { return Ok(false) };
+        let arrived = |id| std::fs::metadata(self.path(id)).and_then(|dir| dir.modified());
+        let is_old = |arrived| now.duration_since(arrived).unwrap_or_default() > max;
+        // What vanishes meanwhile has not to be removed.
+        Ok(self.ids()?.into_iter().any(|id| arrived(id).is_ok_and(is_old)))
+    }
+
     /// Bytes of storage that the store takes; what several snapshots share counts once.
     pub fn used(&self) -> Result<u64, StoreError> {
         Ok(self.usage()?.0.total())
@@ -119,6 +130,9 @@ impl Store {
     /// hibernate and broken ones stay.
     pub fn prune(&self, policy: &Policy, needed: u64, now: SystemTime) -> Result<Pruned, StoreError> {
         self.sweep();
+        if policy.quota.is_none() && !self.has_aged(policy, now)? {
+            return Ok(Pruned::default());
+        }
         let (mut usage, files) = self.usage()?;
         let mut pruned = Pruned::default();
         let prunable = |entry: &Entry| {
@@ -131,6 +145,9 @@ impl Store {
             let full = policy.quota.is_some_and(|quota| usage.total().saturating_add(needed) > quota);
             if !old && !full {
                 continue;
+            }
+            if policy.most.is_some_and(|most| pruned.removed.len() >= most) {
+                break;
             }
             let id = entry.manifest.id;
             match self.remove(id) {

@@ -1,4 +1,5 @@
 mod archive;
+mod damaged;
 mod hostile;
 mod kill;
 mod room;
@@ -76,7 +77,7 @@ fn make(store: &Store, name: &str, disk: &File) -> Result<Manifest, StoreError> 
     let (memory, file) = draft.new_layer(LayerKind::Memory)?;
     file.set_len(8 << 20).unwrap();
     file.write_all_at(&[7; 4096], 4096).unwrap();
-    let disk = draft.add_layer(LayerKind::Disk, disk)?;
+    let disk = draft.add_layer(LayerKind::Disk, disk, None)?;
     assert_eq!(draft.layers()[1].kind, LayerKind::Disk);
     let mut about = about(name, None);
     about.memory.regions = vec![(0, 64 << 20)];
@@ -258,4 +259,19 @@ fn many_may_make_and_remove_at_once() {
     });
     assert_eq!(place.names(), [kept.id.to_string()]);
     place.store.open(kept.id).unwrap().verify().unwrap();
+}
+
+#[test]
+fn a_digest_that_is_known_is_not_computed_again() {
+    let place = Place::new();
+    let disk = place.disk_file("disk", 5);
+    let mut draft = place.store.begin().unwrap();
+    draft.state(b"x").unwrap();
+    for digest in [Some("a".repeat(64)), None] {
+        draft.add_layer(LayerKind::Disk, &disk, digest).unwrap();
+    }
+    let made = draft.publish(about("x", None)).unwrap();
+    let files: Vec<_> = made.layers.into_iter().map(|layer| layer.file).collect();
+    assert_eq!((files[0].length, &files[0].sha256), (1 << 30, &"a".repeat(64)));
+    assert_eq!(files[1].sha256, sparse::digest(&disk).unwrap());
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DISK, host, publish};
+use super::{DISK, host, publish, restoring};
 use crate::rootfs::RootfsError;
 use crate::rootfs::temporary::Temporary;
 use crate::snapshot::{SnapshotId, share};
@@ -121,7 +121,8 @@ impl Layers {
     }
 
     /// Makes the disk of a directory that has none of these files, from the bottom up, which nobody is going to write, as those of
-    /// a snapshot: by further names for them, where that can be. It goes on in a new layer above them.
+    /// a snapshot: by further names for them, where that can be. It goes on in a new layer above them. Until [`Self::keep`] it
+    /// is there for one task only.
     pub(in crate::rootfs) fn adopt(dir: &Path, files: &[File]) -> Result<Self, RootfsError> {
         let Some((raw, deltas)) = files.split_first().filter(|_| files.len() < MAX) else {
             return Err(damaged(
@@ -131,6 +132,7 @@ impl Layers {
         };
         // What is left of an attempt whose maker was killed.
         remove(dir)?;
+        restoring::begin(dir)?;
         let mut layers = Self { dir: dir.into(), names: vec![DISK.to_owned()] };
         let mut names = layers.names.clone();
         for delta in deltas {
@@ -144,6 +146,11 @@ impl Layers {
         let (disk, path) = (Temporary::new(dir, DISK), dir.join(DISK));
         share(raw, disk.path()).and_then(|()| disk.publish(&path)).map_err(host("link", &path))?;
         Ok(layers)
+    }
+
+    /// An adopted disk is about to be written to by its task: from now on it stays when that ends.
+    pub(crate) fn keep(&self) -> Result<(), RootfsError> {
+        restoring::done(&self.dir)
     }
 
     fn new_name(&self) -> Result<(String, PathBuf), RootfsError> {
@@ -265,14 +272,16 @@ pub(crate) struct StagedLayer {
     name: String,
 }
 
-/// Removes the disk with all its layers, and what is left of one. The raw file goes first, without which there is none.
+/// Removes the disk with all its layers, and what is left of one. The raw file goes first, without which there is none; what
+/// says that all of it has to go, last.
 pub(in crate::rootfs) fn remove(dir: &Path) -> Result<(), RootfsError> {
     let there = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let deltas: Vec<String> = there
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| is_layer(name))
         .collect();
-    for name in [DISK.to_owned(), LIST.to_owned()].into_iter().chain(deltas) {
+    let mark = [restoring::MARK.to_owned()];
+    for name in [DISK.to_owned(), LIST.to_owned()].into_iter().chain(deltas).chain(mark) {
         let path = dir.join(name);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

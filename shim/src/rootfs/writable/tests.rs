@@ -255,3 +255,59 @@ fn an_identifier_that_is_a_path_is_refused() {
     }
     assert_eq!(plain_name("web.1").unwrap(), "web.1");
 }
+
+/// What a checkpoint has of a disk.
+fn captured(host: &Host) -> Vec<File> {
+    ["raw", "delta"]
+        .map(|name| {
+            let path = host.path(name);
+            std::fs::write(&path, vec![7; 4096]).unwrap();
+            File::open(path).unwrap()
+        })
+        .into()
+}
+
+fn count(dir: &Path) -> usize {
+    std::fs::read_dir(dir).into_iter().flatten().count()
+}
+
+#[test]
+fn a_restored_disk_whose_task_never_ran_is_removed_by_delete_and_another_can_be_restored() {
+    let host = Host::new();
+    let files = captured(&host);
+    for place in [host.overlay(), host.native()] {
+        let disk = adopt(&place, &files).unwrap();
+        let vmm = disk.top.try_clone().unwrap();
+        drop(disk);
+        crate::rootfs::sweep_layer(&place.dir);
+        assert!(matches!(adopt(&place, &files), Err(RootfsError::InUse { .. })), "its VM lives");
+        drop(vmm);
+        crate::rootfs::sweep_layer(&place.dir);
+        let owner = usize::from(place.dir.join(OWNER).exists());
+        assert_eq!(count(&place.dir), owner, "{}", place.dir.display());
+        let disk = adopt(&place, &files).unwrap();
+        disk.layers.keep().unwrap();
+        drop(disk);
+        crate::rootfs::sweep_layer(&place.dir);
+        assert!(matches!(adopt(&place, &files), Err(RootfsError::Occupied { .. })), "its task has run");
+        assert_eq!(host.open(&place).unwrap().below.len(), 2);
+    }
+}
+
+#[test]
+fn a_restored_disk_that_no_delete_came_for_is_not_the_next_ones() {
+    let host = Host::new();
+    let (place, files) = (host.overlay(), captured(&host));
+    drop(adopt(&place, &files).unwrap());
+    assert_eq!(adopt(&place, &files).unwrap().below.len(), 2, "restored anew");
+    let disk = host.open(&place).unwrap();
+    assert_eq!((disk.below.len(), disk.size().unwrap()), (0, 64 << 20), "a new one");
+    assert_eq!(count(&place.dir), 1);
+    // Killed at any step before the disk was there, or while it was removed.
+    drop(disk);
+    layers::remove(&place.dir).unwrap();
+    drop(adopt(&place, &files).unwrap());
+    std::fs::remove_file(place.dir.join(DISK)).unwrap();
+    crate::rootfs::sweep_layer(&place.dir);
+    assert_eq!(count(&place.dir), 0);
+}
