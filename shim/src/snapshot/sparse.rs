@@ -41,7 +41,7 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// See the module.
-pub(super) fn digest(file: &File) -> io::Result<String> {
+pub(crate) fn digest(file: &File) -> io::Result<String> {
     let length = file.metadata()?.len();
     let mut hash = Sha256::new();
     hash.update(b"spore-sparse-1");
