@@ -193,9 +193,10 @@ fn a_disk_is_put_back_to_a_snapshot_of_it_when_that_is_committed() {
     let mut disk = Layers::adopt(to.path(), &files).unwrap().open().unwrap();
     // Two more snapshots.
     for _ in 0..2 {
-        disk.top.write_all(b"since then").unwrap();
         let staged = disk.layers.stage().unwrap();
         disk.layers.add(&staged).unwrap();
+        disk.top = staged.file;
+        disk.top.write_all(b"since then").unwrap();
     }
     assert!(matches!(there().put_back(&files), Err(RootfsError::InUse { .. })));
     drop(disk);
