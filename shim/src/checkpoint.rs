@@ -18,6 +18,7 @@ use crate::snapshot::manifest::{FILE, LayerKind, Purpose};
 use crate::snapshot::{
     ImportError, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
 };
+use crate::volumes::SavedVolumes;
 
 /// The name of [`CheckpointOptions`], which clients send whatever the runtime is.
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
@@ -137,6 +138,7 @@ pub(crate) struct Restored {
     pub(crate) lower: Vec<(String, Image)>,
     /// The writable one's serial and layers, from the bottom up.
     pub(crate) writable: (String, Vec<File>),
+    pub(crate) volumes: Option<SavedVolumes>,
 }
 
 impl Restored {
@@ -149,7 +151,7 @@ impl Restored {
     }
 
     fn new(opened: &Opened) -> Result<Self, ImportError> {
-        let Opened { manifest, state, .. } = opened;
+        let Opened { manifest, state, volumes, .. } = opened;
         let unfit = |detail: &str| ImportError::Entry { name: FILE.into(), detail: detail.into() };
         let remembered = Remembered::of(&manifest.labels)
             .ok_or_else(|| unfit("it is no container's: labels are missing or malformed"))?;
@@ -187,7 +189,14 @@ impl Restored {
         }
         let writable = writable.ok_or_else(|| unfit("there is no writable disk among its disks"))?;
         let state = memory_file(state).map_err(StoreError::own("copy", "state.bin"))?;
-        Ok(Self { remembered, vcpus: manifest.vcpus, state, memory, lower, writable })
+        let volumes = match (&manifest.volumes, volumes) {
+            (Some(about), Some(tables)) => {
+                let tables = memory_file(tables).map_err(StoreError::own("copy", "volumes.json"))?;
+                Some(SavedVolumes { exports: about.exports.clone(), tables })
+            }
+            _ => None,
+        };
+        Ok(Self { remembered, vcpus: manifest.vcpus, state, memory, lower, writable, volumes })
     }
 }
 

@@ -82,6 +82,9 @@ impl Error {
             Self::Volume(error) => match error {
                 VolumeError::Source { .. } => Code::UNKNOWN,
                 VolumeError::Kind { .. } => Code::INVALID_ARGUMENT,
+                VolumeError::Missing { .. } | VolumeError::Surplus { .. } | VolumeError::Other { .. } => {
+                    Code::FAILED_PRECONDITION
+                }
                 VolumeError::Server { .. } | VolumeError::Refused { .. } => Code::INTERNAL,
             },
             Self::Snapshot(error) | Self::Import(ImportError::Store(error)) => match error {
@@ -112,7 +115,9 @@ impl Error {
             },
             Self::Rootfs(error) => match error {
                 RootfsError::Unsupported { .. } => Code::INVALID_ARGUMENT,
-                RootfsError::InUse { .. } | RootfsError::Occupied { .. } => Code::FAILED_PRECONDITION,
+                RootfsError::InUse { .. } | RootfsError::Occupied { .. } | RootfsError::Changed { .. } => {
+                    Code::FAILED_PRECONDITION
+                }
                 RootfsError::DiskFull { .. } => Code::RESOURCE_EXHAUSTED,
                 _ => Code::INTERNAL,
             },

@@ -37,7 +37,7 @@ use crate::rundir::RunDir;
 use crate::snapshot::Store;
 use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
-use crate::volumes::FileServer;
+use crate::volumes::{self, FileServer, SavedVolumes};
 
 /// Runtime options that Spore's callers send; nothing in them changes what a VM does yet.
 const KNOWN_OPTIONS: [&str; 2] = ["containerd.runc.v1.Options", "runtimeoptions.v1.Options"];
@@ -207,9 +207,9 @@ impl Sandbox {
             terminal: request.terminal,
         };
         stdio.check()?;
-        let bundle = Bundle::load(Path::new(&request.bundle))?;
+        let mut bundle = Bundle::load(Path::new(&request.bundle))?;
         let mut machine = config.machine(&bundle.annotations, &bundle.limits)?;
-        let restored = self.checkpointed(request, &bundle).await?;
+        let restored = self.checkpointed(request, &mut bundle).await?;
         if let Some(restored) = &restored {
             (machine.vcpus, machine.memory_mib) = (restored.vcpus, restored.remembered.memory_mib);
         }
@@ -286,9 +286,12 @@ impl Sandbox {
             Some(remembered) => (remembered.guest_id.clone(), remembered.terminal),
         };
         self.mark("container_created_ns");
-        let Ready { guest, disks, changes, .. } = ready;
+        let Ready { guest, disks, changes, put_back, .. } = ready;
         let streams = Streams::attach(&guest, (&guest_id, ""), (terminal, remembered.is_some()), ends, log);
         let streams = with_vm(&vm, "connecting standard streams", streams).await?;
+        if remembered.is_some() {
+            self.settle_in(changes.as_ref(), put_back).await?;
+        }
         let holder = making.holder.take().ok_or_else(|| Error::Abandoned(id.into()))?;
         let parts = Parts {
             id: id.into(),
@@ -313,34 +316,32 @@ impl Sandbox {
         Ok(container)
     }
 
-    /// The checkpoint that a task is to be created from, if there is one.
+    /// The checkpoint that a task is to be created from, if there is one. The bundle's volumes come into its order.
     async fn checkpointed(
         &self,
         request: &CreateTaskRequest,
-        bundle: &Bundle,
+        bundle: &mut Bundle,
     ) -> Result<Option<Restored>, Error> {
         if request.checkpoint.is_empty() {
             return Ok(None);
         }
-        if !bundle.volumes.is_empty() {
-            return Err(Error::Unimplemented(format!(
-                "create task {} from a checkpoint: it has bind mounts, whose state in the guest is not restored yet; one without any",
-                request.id
-            )));
-        }
         let (store, path) = (self.store(), request.checkpoint.clone());
-        checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await.map(Some)
+        let restored = checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await?;
+        let saved = restored.volumes.as_ref().map_or(&[][..], |saved| &saved.exports);
+        bundle.volumes = volumes::matched(saved, &bundle.volumes)?;
+        Ok(Some(restored))
     }
 
     pub(crate) fn store(&self) -> Store {
         Store::new(&self.context.config.state_dir)
     }
 
-    /// Starts the server of the bundle's volumes, if it has some.
+    /// Starts the server of the bundle's volumes, if it has some; it goes on with the `saved` ones.
     async fn serve_volumes(
         &self,
         bundle: &Bundle,
         dir: &RunDir,
+        saved: Option<SavedVolumes>,
     ) -> Result<Option<(FileServer, Vec<UnixStream>)>, Error> {
         if bundle.volumes.is_empty() {
             return Ok(None);
@@ -348,7 +349,7 @@ impl Sandbox {
         let dir_error = |source| Error::RunDir { path: dir.path().into(), source };
         let log = dir.create_file(FILE_SERVER_LOG).map_err(dir_error)?;
         let (program, volumes) = (self.context.config.file_server.clone(), bundle.volumes.clone());
-        let start = move || FileServer::start(&program, log, &volumes);
+        let start = move || FileServer::start(&program, log, &volumes, saved.as_ref());
         let started = tokio::task::spawn_blocking(start)
             .await
             .map_err(|_| Error::Abandoned(self.context.id.clone()))?;

@@ -110,7 +110,7 @@ pub enum Call {
     /// the [`Event::DisksSettled`] says so that follows if any disk was captured.
     Snapshot(SnapshotConfig),
     /// Build the VM of a snapshot, in place of `Configure`. It is paused then: attach what else it
-    /// shall have, and `Resume`.
+    /// shall have, and `Resume`. One that had a file server needs one before that.
     Restore(RestoreConfig),
     /// Report the life-cycle state.
     State,

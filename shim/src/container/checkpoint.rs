@@ -14,9 +14,10 @@ use super::{Container, Phase, with_vm};
 use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
 use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
-use crate::snapshot::manifest::{Disk, LayerKind, Purpose};
+use crate::snapshot::manifest::{Disk, LayerKind, MAX_STATE, Purpose, Volumes};
 use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError, digest};
 use crate::vm::{Destination, Saved, SnapshotTimes, VmError};
+use crate::volumes::SavedVolumes;
 
 /// The disks of a container, as its checkpoints want them.
 pub(crate) struct HeldDisks {
@@ -112,11 +113,11 @@ impl Container {
     ) -> Result<(tokio::sync::MutexGuard<'_, ()>, Taken), Error> {
         // Before `turn`: nobody else takes both.
         let mut disks = self.disks.lock().await;
-        self.check(self.phase())?;
+        Self::check(self.phase())?;
         let prepared = self.prepare(store, &mut disks.layers).await?;
         let turn = self.turn.lock().await;
         let (phase, begun) = (self.phase(), Instant::now());
-        let frozen = match self.check(phase) {
+        let frozen = match Self::check(phase) {
             Ok(()) if phase == Phase::Running => self.stand().await,
             other => other,
         };
@@ -135,15 +136,9 @@ impl Container {
         Ok((turn, taken))
     }
 
-    fn check(&self, phase: Phase) -> Result<(), Error> {
+    fn check(phase: Phase) -> Result<(), Error> {
         if !matches!(phase, Phase::Running | Phase::Paused) {
             return Err(Error::State(format!("cannot take a snapshot of a {} container", phase.name())));
-        }
-        if self.vm.has_volumes() {
-            return Err(Error::Unimplemented(format!(
-                "checkpoint container {}: it has bind mounts, whose state in the guest is not saved yet; a container without any",
-                self.id
-            )));
         }
         Ok(())
     }
@@ -238,7 +233,8 @@ impl Container {
 
     /// Waits until all of it is written, and puts it into the store.
     pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, saved, captured, .. } = taken;
+        let Taken { mut draft, mut state, layer, mut saved, captured, .. } = taken;
+        let volumes = saved.volumes.take();
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
         let origin = self.vm.origin().map_err(host("look at the memory layers"))?;
@@ -263,6 +259,10 @@ impl Container {
             let read = state.rewind().and_then(|()| state.read_to_end(&mut bytes));
             read.map_err(StoreError::own("read", "the state"))?;
             draft.state(&bytes)?;
+            if let Some(SavedVolumes { exports, tables: file }) = volumes {
+                let tables = draft.tables(&content(file).map_err(StoreError::own("read", "the tables"))?)?;
+                about.volumes = Some(Volumes { tables, exports });
+            }
             if !needed.contains(&own) {
                 draft.drop_layer()?;
             }
@@ -298,6 +298,14 @@ impl Container {
             ..Manifest::about(purpose, self.events.namespace(), &self.id)
         }
     }
+}
+
+fn content(mut file: File) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    // What is longer is refused by the manifest's check.
+    file.take(MAX_STATE + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// A failure is no worse than the layer's staying in the list.

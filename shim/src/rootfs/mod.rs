@@ -42,7 +42,7 @@ pub(crate) use self::digest::Image;
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
 pub(crate) use self::source::Source;
 pub use self::sparse::next_data;
-pub(crate) use self::writable::layers::{Layers, StagedLayer, WritableDisk};
+pub(crate) use self::writable::layers::{Layers, PutBack, StagedLayer, WritableDisk};
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.
@@ -68,8 +68,14 @@ pub(crate) enum RootfsError {
         "writable layer {path}: {detail}; its file system is damaged: remove the container and create it anew"
     )]
     BadLayer { path: PathBuf, detail: String },
-    #[error("writable layer {path}: there is one already; restore into a new rootfs snapshot")]
+    #[error(
+        "writable layer {path}: there is one already, of which the checkpoint was not taken; restore into a new rootfs snapshot"
+    )]
     Occupied { path: PathBuf },
+    #[error(
+        "root file system {path}: a client has changed it since the container ended, which the checkpoint does not have; start the container without the checkpoint, or restore it into a new rootfs snapshot"
+    )]
+    Changed { path: PathBuf },
     #[error(
         "writable layer {path}: in use by another sandbox; a root directory can serve one container at a time, use a copy of it"
     )]
@@ -98,6 +104,8 @@ pub(crate) struct Disks {
     pub(crate) writable: WritableDisk,
     /// For a layer that has an upper directory on the host.
     pub(crate) changes: Option<Changes>,
+    /// Of a restored disk that takes the place of another; to be committed when the machine is there.
+    pub(crate) put_back: Option<PutBack>,
 }
 
 /// Which file of the host is which disk. The guest knows its disks by serials only, so what
@@ -160,12 +168,12 @@ pub(crate) async fn prepare(
     if place.is_collected() {
         // Nothing may be made in the directory before it has its owner and its disk is locked.
         let writable = writable.await?;
-        return Ok(Disks { lower: lower.await?, writable, changes: None });
+        return Ok(Disks { lower: lower.await?, writable, changes: None, put_back: None });
     }
     let (writable, lower) = tokio::join!(writable, lower);
     let (lower, writable) = (lower?, writable?);
     let changes = changes_of(upper, place.dir(), &writable)?;
-    Ok(Disks { lower, writable, changes })
+    Ok(Disks { lower, writable, changes, put_back: None })
 }
 
 /// As [`prepare`], of a container that is restored: its writable disk is a copy of these files, and its other disks are the
@@ -179,13 +187,25 @@ pub(crate) async fn restore(
     let place = writable::Place::find(&source, request)?;
     place.note(request)?;
     // What stands in the upper directory is in the disk, if the client wanted it.
-    let (upper, _) = settle(&source, place.dir()).await?;
-    let writable = {
-        let place = place.clone();
-        blocking(move || writable::adopt(&place, &files)).await?
+    let upper = upper_of(&source);
+    let (writable, put_back) = {
+        let (place, upper) = (place.clone(), upper.clone());
+        blocking(move || {
+            if let Some(upper) = upper {
+                let _preparing = lock::directory(place.dir())?;
+                changes::settle_restored(&upper, place.dir())?;
+            }
+            writable::adopt(&place, &files)
+        })
+        .await?
     };
     let changes = changes_of(upper, place.dir(), &writable)?;
-    Ok(Disks { lower: Vec::new(), writable, changes })
+    Ok(Disks { lower: Vec::new(), writable, changes, put_back })
+}
+
+/// Makes a restored disk the one of its place.
+pub(crate) async fn commit(put_back: PutBack) -> Result<(), RootfsError> {
+    blocking(move || put_back.commit()).await
 }
 
 /// Removes the disk of a restore that has failed: a start of the container must not find it.
@@ -207,18 +227,24 @@ fn changes_of(
     Ok(Some(Changes::new(&upper, dir, size)))
 }
 
+fn upper_of(source: &Source) -> Option<PathBuf> {
+    match source {
+        Source::Overlay { upper, .. } | Source::Images { upper, .. } => {
+            upper.as_ref().map(|found| found.upper.clone())
+        }
+        Source::Directory { .. } => None,
+    }
+}
+
 /// The upper directory, and what of it, or of a copy, the guest gets.
 async fn settle(source: &Source, beside: &Path) -> Result<(Option<PathBuf>, Ground), RootfsError> {
-    let (Source::Overlay { upper: Some(found), .. } | Source::Images { upper: Some(found), .. }) = source
-    else {
-        return Ok((None, Ground::Nothing));
-    };
-    let (upper, beside) = (found.upper.clone(), beside.to_path_buf());
+    let Some(found) = upper_of(source) else { return Ok((None, Ground::Nothing)) };
+    let (upper, beside) = (found.clone(), beside.to_path_buf());
     let ground = blocking(move || {
         let _preparing = lock::directory(&beside)?;
         changes::settle(&upper, &beside)
     });
-    Ok((Some(found.upper.clone()), ground.await?))
+    Ok((Some(found), ground.await?))
 }
 
 async fn lower(
@@ -311,7 +337,7 @@ mod tests {
         let layers = writable::layers::Layers::find(dir.path()).unwrap().unwrap();
         let writable = layers.open().unwrap();
         let image = |name| Image::other(file(name));
-        let disks = Disks { lower: vec![image("upper.erofs"), image("chain.erofs")], writable, changes: None };
+        let disks = Disks { lower: vec![image("upper.erofs"), image("chain.erofs")], writable, changes: None, put_back: None };
         let lower = ["ro0".to_string(), "ro1".to_string()];
         let explain = |said: &str| {
             disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()

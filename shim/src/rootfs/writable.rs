@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use self::layers::{Layers, WritableDisk};
+use self::layers::{Layers, PutBack, WritableDisk};
 use super::owner::Owner;
 use super::source::Source;
 use super::temporary::{self, Temporary};
@@ -118,14 +118,16 @@ pub(super) fn open(place: &Place, state_dir: &Path, size_mib: u64) -> Result<Wri
     made.ok_or_else(|| host("open", &disk)(io::ErrorKind::NotFound.into()))?.open()
 }
 
-/// As [`open`], for a layer that is not there yet and shall be what these files are, see [`Layers::adopt`]. It goes with its
-/// sandbox until [`Layers::keep`].
-pub(super) fn adopt(place: &Place, files: &[File]) -> Result<WritableDisk, RootfsError> {
+/// As [`open`], for a layer that shall be what these files are: where there is none, see [`Layers::adopt`], and it goes with its
+/// sandbox until [`Layers::keep`]; where there is one that has them, [`Layers::put_back`].
+pub(super) fn adopt(place: &Place, files: &[File]) -> Result<(WritableDisk, Option<PutBack>), RootfsError> {
     let _preparing = enter(place)?;
-    if Layers::find(&place.dir)?.is_some() {
-        return Err(RootfsError::Occupied { path: place.dir.clone() });
-    }
-    Layers::adopt(&place.dir, files)?.open()
+    let Some(there) = Layers::find(&place.dir)? else {
+        return Ok((Layers::adopt(&place.dir, files)?.open()?, None));
+    };
+    let put_back = there.put_back(files)?;
+    let (disk, put_back) = put_back.ok_or_else(|| RootfsError::Occupied { path: place.dir.clone() })?;
+    Ok((disk, Some(put_back)))
 }
 
 /// Locks the place while its disk is looked for and made. Two sandboxes that begin at once must not each make one: the second's

@@ -12,7 +12,7 @@ use crate::checkpoint::Restored;
 use crate::container::{HeldDisks, with_vm};
 use crate::error::Error;
 use crate::guest::{Guest, GuestRootfs, GuestStdio};
-use crate::rootfs::{self, Changes, Paths, Source, WritableDisk};
+use crate::rootfs::{self, Changes, Paths, PutBack, Source, WritableDisk};
 use crate::rundir::RunDir;
 use crate::template::{self, Found};
 use crate::vm::{HostFiles, Image, ImageDisk, Vm};
@@ -24,6 +24,8 @@ pub(super) struct Ready {
     /// By which an error of the guest's tells which file is meant.
     pub(super) paths: Paths,
     pub(super) changes: Option<Changes>,
+    /// Of a restored disk that takes the place of another.
+    pub(super) put_back: Option<PutBack>,
 }
 
 /// What a machine is made of.
@@ -33,7 +35,7 @@ pub(super) struct Ground<'a> {
     pub(super) bundle: &'a Bundle,
     pub(super) dir: &'a Arc<RunDir>,
     pub(super) wanted: &'a rootfs::Request<'a>,
-    /// Gets the files of a restored disk, which nobody must find if the task does not come to be.
+    /// Gets the files of a restored disk that nobody must find if the task does not come to be.
     pub(super) adopted: &'a Mutex<Option<Paths>>,
 }
 
@@ -67,7 +69,7 @@ impl Sandbox {
         let disks = async {
             let disks = rootfs::prepare(wanted, source, log).await?;
             self.mark("rootfs_ready_ns");
-            let volumes = self.serve_volumes(bundle, dir).await?;
+            let volumes = self.serve_volumes(bundle, dir, None).await?;
             booting.notified().await;
             if let Some((server, sockets)) = volumes {
                 vm.attach_volumes(server, sockets).await?;
@@ -82,7 +84,7 @@ impl Sandbox {
             Ok::<_, Error>((HeldDisks { lower, writable, layers }, paths, disks.changes))
         };
         let (guest, (disks, paths, changes)) = tokio::try_join!(guest, disks)?;
-        Ok(Ready { guest, disks, paths, changes })
+        Ok(Ready { guest, disks, paths, changes, put_back: None })
     }
 
     /// The checkpoint's machine. Its container stands still: it was saved like that.
@@ -92,15 +94,18 @@ impl Sandbox {
         source: Source,
         restored: Restored,
     ) -> Result<Ready, Error> {
-        let Ground { vm, files, wanted, .. } = *ground;
-        let Restored { state, memory, lower, writable: (writable, layers), .. } = restored;
+        let Ground { vm, files, bundle, dir, wanted, .. } = *ground;
+        let Restored { state, memory, lower, writable: (writable, layers), volumes, .. } = restored;
         let disks = rootfs::restore(wanted, source, layers).await?;
         let paths = disks.paths();
-        *lock(ground.adopted) = Some(paths.clone());
+        if disks.put_back.is_none() {
+            *lock(ground.adopted) = Some(paths.clone());
+        }
         self.mark("rootfs_ready_ns");
         let WritableDisk { top, below, layers } = disks.writable;
         let disk = ImageDisk { serial: &writable, top: &top, below: &below };
         let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
+        let volumes = self.serve_volumes(bundle, dir, volumes).await?;
         let image = Image {
             state: &state,
             layers: memory.iter().map(|(id, file)| (id.clone(), file)).collect(),
@@ -108,11 +113,31 @@ impl Sandbox {
         };
         // Not from before a disk that had to be copied.
         let deadline = Instant::now() + self.context.config.boot_deadline();
-        vm.bring_back(files, &image).await?;
+        vm.bring_back(files, &image, volumes).await?;
         self.mark("vmm_ready_ns");
         vm.ready(deadline, &self.context.config).await?;
         let guest = self.greet(ground).await?;
-        Ok(Ready { guest, disks: HeldDisks { lower, writable, layers }, paths, changes: disks.changes })
+        let held = HeldDisks { lower, writable, layers };
+        Ok(Ready { guest, disks: held, paths, changes: disks.changes, put_back: disks.put_back })
+    }
+
+    /// The last of a restore: what can fail has not. Who is killed in between leaves the disk that was there, or this one.
+    pub(super) async fn settle_in(
+        &self,
+        changes: Option<&Changes>,
+        put_back: Option<PutBack>,
+    ) -> Result<(), Error> {
+        if let Some(changes) = changes {
+            // An export is that of the disk that was there.
+            changes.outdate().await?;
+        }
+        if let Some(put_back) = put_back {
+            rootfs::commit(put_back).await?;
+        }
+        match changes {
+            Some(changes) => Ok(changes.take_back().await?),
+            None => Ok(()),
+        }
     }
 
     /// Gives a guest that is ready what makes it itself.

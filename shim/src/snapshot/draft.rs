@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, CWD, linkat};
 use sha2::{Digest, Sha256};
 
 use super::error::{StoreError, host};
-use super::manifest::{self, FILE, Layer, LayerKind, Manifest, STATE, SnapshotId, hex};
+use super::manifest::{self, FILE, Layer, LayerKind, Manifest, STATE, SnapshotId, VOLUMES, hex};
 use super::store::sync_directory;
 use super::{Opened, Store, sparse};
 use crate::rootfs::sparse::copy;
@@ -74,6 +74,13 @@ impl Draft {
         self.state = self.write(STATE, bytes)?;
         self.store.step("state written");
         Ok(())
+    }
+
+    /// Writes the tables of volumes, for [`manifest::Volumes::tables`]. Once.
+    pub fn tables(&self, bytes: &[u8]) -> Result<manifest::File, StoreError> {
+        let file = self.write(VOLUMES, bytes)?;
+        self.store.step("tables written");
+        Ok(file)
     }
 
     fn add(&mut self, id: SnapshotId, kind: LayerKind) -> (u32, String) {

@@ -1,5 +1,5 @@
-//! A snapshot for elsewhere: `manifest.json`, `pack-<layer>` for each layer ([`super::pack`]), `state.bin`. It has
-//! all that it needs itself. The manifest comes first, also where somebody sorts the names, so that
+//! A snapshot for elsewhere: `manifest.json`, `pack-<layer>` for each layer ([`super::pack`]), `state.bin`, and `volumes.json` if
+//! there are any. It has all that it needs itself. The manifest comes first, also where somebody sorts the names, so that
 //! whoever has the snapshot need not read on.
 
 use std::fs::{File, OpenOptions};
@@ -10,7 +10,7 @@ use std::path::Path;
 use tar::{EntryType, Header};
 
 use super::error::{StoreError, host};
-use super::manifest::{FILE, STATE};
+use super::manifest::{FILE, STATE, VOLUMES};
 use super::pack::Packed;
 use super::{ManifestError, Opened};
 
@@ -53,7 +53,11 @@ fn files(
         let packed = Packed::new(file).map_err(host("read", Path::new(&name)))?;
         take(&format!("{PREFIX}{name}"), &Content::Layer(packed))?;
     }
-    take(STATE, &Content::Bytes(&snapshot.state))
+    take(STATE, &Content::Bytes(&snapshot.state))?;
+    match &snapshot.volumes {
+        Some(tables) => take(VOLUMES, &Content::Bytes(tables)),
+        None => Ok(()),
+    }
 }
 
 /// Writes the snapshot as a tar stream.

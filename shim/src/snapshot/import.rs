@@ -15,7 +15,7 @@ use tar::{EntryType, Header, PaxExtensions};
 
 use super::error::{FileError, StoreError, host};
 use super::export::{BLOCK, PREFIX};
-use super::manifest::{FILE, Layer, MAX_BYTES, MAX_STATE, Manifest, STATE, SnapshotId};
+use super::manifest::{FILE, Layer, MAX_BYTES, MAX_STATE, Manifest, STATE, SnapshotId, VOLUMES};
 use super::opened::same;
 use super::pack::{PackError, unpack};
 use super::store::file_in;
@@ -89,11 +89,11 @@ impl<'a> Receiver<'a> {
         self.store.admit(&self.policy, size)?;
         match name {
             FILE => return self.take_manifest(size, input),
-            STATE if size > MAX_STATE => {
+            STATE | VOLUMES if size > MAX_STATE => {
                 return Err(refused(name, format!("{size} bytes; at most {MAX_STATE} are allowed")));
             }
-            STATE => {
-                self.draft.write(STATE, &bytes(input, size)?)?;
+            STATE | VOLUMES => {
+                self.draft.write(name, &bytes(input, size)?)?;
             }
             _ => {
                 let Some(layer) = name.strip_prefix(PREFIX).filter(|layer| is_layer(layer)) else {
@@ -144,6 +144,11 @@ impl<'a> Receiver<'a> {
         if !self.names.contains(STATE) {
             return Err(missing(STATE));
         }
+        match (&manifest.volumes, self.names.contains(VOLUMES)) {
+            (Some(_), false) => return Err(missing(VOLUMES)),
+            (None, true) => return Err(refused(VOLUMES, "the manifest does not name it")),
+            _ => {}
+        }
         let mut expected: HashMap<String, &Layer> =
             manifest.layers.iter().map(|layer| (layer.file_name(), layer)).collect();
         let path = self.draft.path("");
@@ -156,7 +161,7 @@ impl<'a> Receiver<'a> {
         if let Some(name) = expected.into_keys().next() {
             return Err(missing(&format!("{PREFIX}{name}")));
         }
-        // State and lengths, as at every opening.
+        // State, tables and lengths, as at every opening.
         super::Opened::new(manifest.clone(), &dir)?;
         // Another import of the same may have been faster.
         if let Some(known) = self.known(&manifest)? {
@@ -297,5 +302,8 @@ pub fn import_directory(store: &Store, dir: &Path, policy: &Policy) -> Result<Sn
         take(&format!("{PREFIX}{}", layer.file_name()))?;
     }
     take(STATE)?;
+    if manifest.iter().any(|(manifest, _)| manifest.volumes.is_some()) {
+        take(VOLUMES)?;
+    }
     receiver.finish()
 }

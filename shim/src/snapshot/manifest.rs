@@ -1,12 +1,14 @@
 //! `manifest.json`: what a snapshot is.
 //!
 //! ```json
-//! {"format": "spore-snapshot", "version": 1, "sha256": "…", "manifest": { … }}
+//! {"format": "spore-snapshot", "version": 2, "sha256": "…", "manifest": { … }}
 //! ```
 //!
 //! The digest is that of the bytes of the value of `manifest`, as they stand in the file. A reader looks at
 //! `format` and `version` first and refuses what is newer than itself. Within a version all fields are known: one that is
 //! not is an error. [`Manifest`] describes the fields; numbers are bytes unless their name says otherwise.
+//!
+//! Versions: 2 has `volumes`, which 1 lacks.
 
 mod check;
 
@@ -21,12 +23,13 @@ use sha2::{Digest, Sha256};
 /// Its name, wherever a snapshot is.
 pub(crate) const FILE: &str = "manifest.json";
 pub(super) const STATE: &str = "state.bin";
+pub(super) const VOLUMES: &str = "volumes.json";
 const FORMAT: &str = "spore-snapshot";
 /// The newest that this build reads, and the one that it writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most bytes of the file.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
-/// Most bytes of `state.bin`.
+/// Most bytes of `state.bin`, and of `volumes.json`.
 pub const MAX_STATE: u64 = 256 << 20;
 /// Most extents of guest memory: each costs a restore one mmap(2).
 pub const MAX_EXTENTS: usize = 16 * 1024;
@@ -142,6 +145,9 @@ pub struct Manifest {
     pub layers: Vec<Layer>,
     pub memory: Memory,
     pub disks: Vec<Disk>,
+    /// What of the host's files the guest has mounted, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<Volumes>,
 }
 
 /// Ids of builds, as each names itself; compared, never interpreted.
@@ -218,6 +224,40 @@ pub struct Disk {
     pub serial: String,
     /// Positions in [`Manifest::layers`], from the bottom up.
     pub layers: Vec<u32>,
+}
+
+/// Directories and files of the host's that the guest has mounted. Their content is not in the snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Volumes {
+    /// `volumes.json`: the file server's tables, which are its to check.
+    pub tables: File,
+    /// By the numbers that the tables name them by, from 0.
+    pub exports: Vec<Export>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Export {
+    /// Where it is mounted in the container; several may have been mounted on one another.
+    pub destination: String,
+    pub kind: ExportKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportKind {
+    Directory,
+    File,
+}
+
+impl fmt::Display for ExportKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Directory => "directory",
+            Self::File => "file",
+        })
+    }
 }
 
 /// A manifest that cannot be used.
@@ -301,6 +341,7 @@ impl Manifest {
             layers: Vec::new(),
             memory: Memory::default(),
             disks: Vec::new(),
+            volumes: None,
         }
     }
 
@@ -329,9 +370,9 @@ impl Manifest {
             return Err(ManifestError::Foreign(format!("its format is {}", clip(&version.format))));
         }
         match version.version {
-            found if found == u64::from(VERSION) => {}
             found if found > u64::from(VERSION) => return Err(ManifestError::Newer { found }),
-            found => return Err(field("the version", found, "versions count from 1")),
+            0 => return Err(field("the version", 0, "versions count from 1")),
+            _ => {}
         }
         let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(ManifestError::Malformed)?;
         let (text, found) = (envelope.manifest.get(), envelope.sha256);

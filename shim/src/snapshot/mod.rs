@@ -3,6 +3,7 @@
 //! ```text
 //! 4f0c…/  manifest.json              what the snapshot is, with the length and digest of every file
 //!         state.bin                  the VMM's saved state, opaque here
+//!         volumes.json               the file server's tables, opaque here, if there are volumes
 //!         <layer>.memory, <layer>.disk   sparse files, shared with other snapshots by hard link
 //! ```
 //!
@@ -11,7 +12,7 @@
 //!   killed process left half-made is removed by the next that makes, prunes or deletes.
 //! * A snapshot has all of its files itself. Layers that several have are one file with several names, so
 //!   removing one snapshot takes nothing from another.
-//! * What is opened is untrusted: [`Store::open`] checks the manifest and the state by digest and every file's
+//! * What is opened is untrusted: [`Store::open`] checks the manifest, the state and the tables by digest and every file's
 //!   kind and length, [`Opened::verify`] every byte. The content of `state.bin` and of a layer's own header is the
 //!   VMM's to check.
 //! * All of it is the guest's memory, so secrets: directories are 0700, files 0600.

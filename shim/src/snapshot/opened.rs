@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use super::error::{FileError, StoreError};
-use super::manifest::{Layer, Manifest, STATE, hex};
+use super::manifest::{self, Layer, Manifest, STATE, VOLUMES, hex};
 use super::sparse;
 use super::store::file_in;
 
@@ -17,6 +17,8 @@ pub struct Opened {
     pub manifest: Manifest,
     /// Content of `state.bin`, its digest checked.
     pub state: Vec<u8>,
+    /// Of `volumes.json`, if there is one; likewise.
+    pub volumes: Option<Vec<u8>>,
     /// As in the manifest.
     layers: Vec<File>,
 }
@@ -28,13 +30,9 @@ impl Opened {
             let file = file.to_owned();
             move |source| StoreError::File { id, file, source }
         };
-        let state = file_in(dir, STATE).map_err(bad(STATE))?;
-        let expected = manifest.state.length;
-        let mut bytes = Vec::new();
-        length(&state, expected).map_err(bad(STATE))?;
-        // Its length is below a cap, by the manifest's check.
-        state.take(expected).read_to_end(&mut bytes).map_err(|error| bad(STATE)(error.into()))?;
-        same(hex(&Sha256::digest(&bytes)), &manifest.state.sha256).map_err(bad(STATE))?;
+        let state = content(dir, STATE, &manifest.state).map_err(bad(STATE))?;
+        let volumes = manifest.volumes.as_ref().map(|volumes| content(dir, VOLUMES, &volumes.tables));
+        let volumes = volumes.transpose().map_err(bad(VOLUMES))?;
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for layer in &manifest.layers {
             let name = layer.file_name();
@@ -42,7 +40,7 @@ impl Opened {
             length(&file, layer.file.length).map_err(bad(&name))?;
             layers.push(file);
         }
-        Ok(Self { manifest, state: bytes, layers })
+        Ok(Self { manifest, state, volumes, layers })
     }
 
     /// The layers and their open files.
@@ -75,6 +73,16 @@ impl Opened {
         }
         Ok(())
     }
+}
+
+/// A file whose length is below a cap, by the manifest's check; its digest is checked.
+fn content(dir: &File, name: &str, expected: &manifest::File) -> Result<Vec<u8>, FileError> {
+    let file = file_in(dir, name)?;
+    length(&file, expected.length)?;
+    let mut bytes = Vec::new();
+    file.take(expected.length).read_to_end(&mut bytes)?;
+    same(hex(&Sha256::digest(&bytes)), &expected.sha256)?;
+    Ok(bytes)
 }
 
 fn length(file: &File, expected: u64) -> Result<(), FileError> {

@@ -67,6 +67,7 @@ fn about(name: &str, parent: Option<SnapshotId>) -> Manifest {
         layers: Vec::new(),
         memory: Memory::default(),
         disks: Vec::new(),
+        volumes: None,
     }
 }
 
@@ -83,6 +84,8 @@ fn make(store: &Store, name: &str, disk: &File) -> Result<Manifest, StoreError> 
     about.memory.regions = vec![(0, 64 << 20)];
     about.memory.extents = vec![Extent { address: 1 << 20, length: 1 << 20, layer: memory, offset: 4096 }];
     about.disks = vec![manifest::Disk { serial: "rw0".into(), layers: vec![disk] }];
+    let exports = vec![Export { destination: "/data".into(), kind: ExportKind::Directory }];
+    about.volumes = Some(Volumes { tables: draft.tables(b"the server's tables")?, exports });
     draft.publish(about)
 }
 
@@ -109,6 +112,7 @@ fn what_was_put_in_is_what_comes_out() {
     let made = make(&place.store, "a", &place.disk_file("disk", 5)).unwrap();
     let opened = place.store.open(made.id).unwrap();
     assert_eq!((&opened.manifest, &opened.state[..]), (&made, &b"state of the VMM"[..]));
+    assert_eq!(opened.volumes.as_deref(), Some(&b"the server's tables"[..]));
     opened.verify().unwrap();
     let files: Vec<_> = opened.layers().map(|(layer, file)| (layer.kind, file)).collect();
     let mut bytes = [0; 10_000];

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use sha2::{Digest, Sha256};
 use slog::warn;
@@ -17,6 +17,7 @@ use super::{CONSOLE, HostFiles, VSOCK, Vm, VmError};
 use crate::config::{Config, Machine};
 use crate::rootfs::MOST_LAYER_DISKS;
 use crate::template::Template;
+use crate::volumes::FileServer;
 
 /// What one container takes: its layers and what the upper directory held before the first
 /// task, its writable layer. A guest spends some time on every slot as it boots.
@@ -102,7 +103,11 @@ impl Vm {
         if let Some(template) = template {
             let layers = vec![(template.layer.clone(), &template.memory)];
             let image = Image { state: &template.state, layers, disks: Vec::new() };
-            match self.restore(common, &image).await {
+            let begun = async {
+                self.restore(common, &image).await?;
+                self.resume().await
+            };
+            match begun.await {
                 Ok(()) => return Ok(()),
                 Err(VmError::Refused { message, .. }) => {
                     warn!(self.log, "the template cannot be used, a guest is booted instead"; "error" => message);
@@ -118,10 +123,19 @@ impl Vm {
         self.call("boot", Call::Boot, &[]).await.map(drop)
     }
 
-    /// Makes this VM the saved one, its disks included, and lets it run.
-    pub(crate) async fn bring_back(&self, files: &HostFiles, image: &Image<'_>) -> Result<(), VmError> {
+    /// Makes this VM the saved one, its disks included, and lets it run, with `volumes` that go on with its tables.
+    pub(crate) async fn bring_back(
+        &self,
+        files: &HostFiles,
+        image: &Image<'_>,
+        volumes: Option<(FileServer, Vec<UnixStream>)>,
+    ) -> Result<(), VmError> {
         let (console, listener) = self.outlets()?;
-        self.restore((files.kvm.as_raw_fd(), console.as_raw_fd(), listener.as_raw_fd()), image).await
+        self.restore((files.kvm.as_raw_fd(), console.as_raw_fd(), listener.as_raw_fd()), image).await?;
+        if let Some((server, sockets)) = volumes {
+            self.attach_volumes(server, sockets).await?;
+        }
+        self.resume().await
     }
 
     /// The console's log and the vsock socket.

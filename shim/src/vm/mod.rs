@@ -114,7 +114,7 @@ pub(crate) struct Vm {
     pidfd: Arc<AsyncFd<OwnedFd>>,
     id: ProcessId,
     machine: Machine,
-    file_server: Mutex<Option<FileServer>>,
+    file_server: Mutex<Option<Arc<FileServer>>>,
     ready: watch::Receiver<bool>,
     end: watch::Receiver<Option<End>>,
     /// The memory layers that it was restored from, by id.
@@ -200,13 +200,13 @@ impl Vm {
     ) -> Result<(), VmError> {
         let fds: Vec<_> = sockets.iter().map(AsRawFd::as_raw_fd).collect();
         let indices = (0u32..).take(fds.len()).map(FdIndex).collect();
-        *self.file_server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        *self.file_server.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(server));
         self.call("attach volumes", Call::AttachFilesystem { sockets: indices }, &fds).await.map(drop)
     }
 
-    /// Whether the guest has directories or files of the host.
-    pub(crate) fn has_volumes(&self) -> bool {
-        self.file_server.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// The server of the host's directories and files that the guest has.
+    fn file_server(&self) -> Option<Arc<FileServer>> {
+        self.file_server.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Puts a disk into a free slot and returns the serial by which the guest knows it. The layers `below` the

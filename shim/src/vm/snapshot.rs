@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slog::info;
 use spore_vmm::api::{
@@ -18,6 +18,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 
 use super::{Vm, VmError, build, unexpected};
+use crate::volumes::{FileServer, SavedVolumes};
 
 /// What writing a snapshot may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(600);
@@ -89,6 +90,18 @@ pub(crate) struct Saved {
     pub(crate) times: SnapshotTimes,
     report: pipe::Receiver,
     settled: Option<oneshot::Receiver<Outcome>>,
+    /// What its guest knows of the host's files, if it has some.
+    pub(crate) volumes: Option<SavedVolumes>,
+}
+
+/// Asks a server for its tables.
+async fn tables(server: Arc<FileServer>) -> Result<SavedVolumes, VmError> {
+    let operation = "save the file server's tables";
+    let refused = |message| VmError::Refused { operation, message };
+    match tokio::task::spawn_blocking(move || server.save()).await {
+        Ok(saved) => saved.map_err(|error| refused(error.to_string())),
+        Err(error) => Err(refused(error.to_string())),
+    }
 }
 
 impl Saved {
@@ -130,8 +143,7 @@ impl Attached {
 }
 
 impl Vm {
-    /// Makes this VM the one that was saved, and lets it run. Its memory is read from the layers
-    /// as it is touched.
+    /// Makes this VM the one that was saved, paused. Its memory is read from the layers as it is touched.
     pub(super) async fn restore(
         &self,
         (kvm, console, listener): (RawFd, RawFd, RawFd),
@@ -165,6 +177,10 @@ impl Vm {
         let copied = copied.collect::<io::Result<_>>();
         *self.origin.lock().unwrap_or_else(PoisonError::into_inner) =
             copied.map_err(|source| VmError::Host { operation: "restore", source })?;
+        Ok(())
+    }
+
+    pub(super) async fn resume(&self) -> Result<(), VmError> {
         self.call("resume", Call::Resume, &[]).await.map(drop)
     }
 
@@ -177,6 +193,28 @@ impl Vm {
     /// Saves the VM, with its disks, as it is now. Returns when it goes on. When it refuses, the disks go on in
     /// the files that they had; when it has ended or does not answer, nobody knows.
     pub(crate) async fn save(&self, to: &Destination<'_>) -> Result<Saved, VmError> {
+        let Some(server) = self.file_server() else { return self.snapshot(to).await };
+        // The container's being frozen is not enough: the guest's kernel goes on closing and forgetting files. Of a
+        // paused VM no request is at the server, so its tables are of the memory's instant.
+        self.call("pause", Call::Pause, &[]).await?;
+        let taken = async {
+            let begun = Instant::now();
+            let tables = tables(server).await?;
+            let tables_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let saved = self.snapshot(to).await?;
+            info!(self.log, "the file server's tables are saved"; "paused_us" => tables_us);
+            Ok(Saved { volumes: Some(tables), ..saved })
+        };
+        let taken = taken.await;
+        if let Err(error) = self.resume().await {
+            // It can neither go on nor be what it was.
+            self.kill().await;
+            return Err(error);
+        }
+        taken
+    }
+
+    async fn snapshot(&self, to: &Destination<'_>) -> Result<Saved, VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
         let procfs = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc");
         let procfs = procfs.map_err(host("open /proc"))?;
@@ -205,7 +243,7 @@ impl Vm {
             Reply::Snapshotted { times, .. } => {
                 info!(self.log, "the guest is saved"; "layer" => to.layer, "pause_us" => times.pause_ns / 1000,
                     "save_us" => times.save_ns / 1000, "fork_us" => times.fork_ns / 1000);
-                Ok(Saved { times, report: receiver, settled })
+                Ok(Saved { times, report: receiver, settled, volumes: None })
             }
             other => Err(unexpected("save", &other)),
         }

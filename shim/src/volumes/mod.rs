@@ -4,9 +4,12 @@
 //!
 //! The server gets descriptors only. What a volume does not allow, its mount does not: the
 //! kernel refuses writes to a read-only one, and device nodes in all of them.
+//!
+//! A checkpoint has the server's tables and where each volume was mounted ([`saved`]), never what is in the files.
 
 mod mount;
 pub mod protocol;
+mod saved;
 mod server;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,7 +19,9 @@ use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 use spore_agent_api::VOLUMES_DIR;
 
+pub(crate) use self::saved::{SavedVolumes, matched};
 pub(crate) use self::server::FileServer;
+use crate::snapshot::manifest::ExportKind;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum VolumeError {
@@ -29,6 +34,18 @@ pub(crate) enum VolumeError {
         "volume {source_path} on {destination}: {kind} of the host cannot be used in a virtual machine; mount a directory or a regular file"
     )]
     Kind { source_path: PathBuf, destination: PathBuf, kind: &'static str },
+    #[error(
+        "bind mount on {destination}: the checkpoint was taken with one, and the container has none; create it with the mounts of the container that was checkpointed"
+    )]
+    Missing { destination: String },
+    #[error(
+        "bind mount on {destination}: the checkpoint was taken without it, and a restored container cannot get another; create it without"
+    )]
+    Surplus { destination: String },
+    #[error(
+        "bind mount {source_path} on {destination}: it is a {found}, and was a {saved} when the checkpoint was taken; mount a {saved}"
+    )]
+    Other { source_path: PathBuf, destination: PathBuf, found: ExportKind, saved: ExportKind },
     #[error("file server {path}: {operation}: {source}")]
     Server { path: PathBuf, operation: &'static str, source: std::io::Error },
     #[error("file server: {0}")]
@@ -72,8 +89,13 @@ impl Volume {
         }
     }
 
+    /// As a spec has it, which is text.
+    fn destination(&self) -> String {
+        self.destination.to_string_lossy().into_owned()
+    }
+
     /// Makes a mount of its own of the source, restricted to what the volume allows.
-    fn open(&self) -> Result<OwnedFd, VolumeError> {
+    fn open(&self) -> Result<(OwnedFd, ExportKind), VolumeError> {
         let failed = |error: std::io::Error| VolumeError::Source {
             source_path: self.source.clone(),
             destination: self.destination.clone(),
@@ -85,18 +107,20 @@ impl Volume {
         let mount = mount::clone(&self.source, self.recursive).map_err(failed)?;
         let status = fstat(mount.as_fd()).map_err(|error| failed(error.into()))?;
         let kind = match SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT {
-            SFlag::S_IFDIR | SFlag::S_IFREG => None,
-            SFlag::S_IFSOCK => Some("a socket"),
-            SFlag::S_IFIFO => Some("a fifo"),
-            SFlag::S_IFBLK | SFlag::S_IFCHR => Some("a device"),
-            _ => Some("a file of an unknown kind"),
+            SFlag::S_IFDIR => Ok(ExportKind::Directory),
+            SFlag::S_IFREG => Ok(ExportKind::File),
+            SFlag::S_IFSOCK => Err("a socket"),
+            SFlag::S_IFIFO => Err("a fifo"),
+            SFlag::S_IFBLK | SFlag::S_IFCHR => Err("a device"),
+            _ => Err("a file of an unknown kind"),
         };
-        if let Some(kind) = kind {
-            let (source_path, destination) = (self.source.clone(), self.destination.clone());
-            return Err(VolumeError::Kind { source_path, destination, kind });
-        }
+        let kind = kind.map_err(|kind| VolumeError::Kind {
+            source_path: self.source.clone(),
+            destination: self.destination.clone(),
+            kind,
+        })?;
         mount::restrict(&mount, self.read_only).map_err(failed)?;
-        Ok(mount)
+        Ok((mount, kind))
     }
 }
 
@@ -149,11 +173,11 @@ mod tests {
             let path = format!("/proc/self/fd/{}/{name}", mount.as_raw_fd());
             std::fs::File::options().read(true).write(write).open(path)
         };
-        let read_only = volume(dir.path(), &["rbind", "ro"]).open().unwrap();
+        let (read_only, _) = volume(dir.path(), &["rbind", "ro"]).open().unwrap();
         let refused = inside(&read_only, "file", true).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
         inside(&read_only, "file", false).unwrap();
-        let writable = volume(dir.path(), &["rbind"]).open().unwrap();
+        let (writable, _) = volume(dir.path(), &["rbind"]).open().unwrap();
         inside(&writable, "file", true).unwrap().write_all(b"after!").unwrap();
         assert_eq!(std::fs::read(&file).unwrap(), b"after!");
         assert_eq!(inside(&writable, "null", false).unwrap_err().raw_os_error(), Some(libc::EACCES));

@@ -15,8 +15,10 @@ use nix::sys::socket::{
 };
 
 use super::protocol::{Answer, Call, MAX_PACKET};
-use super::{Volume, VolumeError};
+use super::{SavedVolumes, Volume, VolumeError};
+use crate::checkpoint::memory_file;
 use crate::process::ProcessId;
+use crate::snapshot::manifest::Export;
 
 /// Requests that are served at a time. More take more memory: each thread keeps the buffers of
 /// its largest message.
@@ -31,26 +33,48 @@ pub(crate) struct FileServer {
     child: Child,
     id: ProcessId,
     control: OwnedFd,
+    /// What it serves, by number.
+    exports: Vec<Export>,
 }
 
 impl FileServer {
     /// Starts a server, with its messages into `log`, and gives it the volumes, each under its
-    /// place as its number. Returns the VMM's ends of its request sockets too. Blocks until the
-    /// server has answered.
+    /// place as its number; with `saved` ones, in whose order they are, it goes on with the tables of those. Returns the
+    /// VMM's ends of its request sockets too. Blocks until the server has answered.
     pub(crate) fn start(
         path: &Path,
         log: File,
         volumes: &[Volume],
+        saved: Option<&SavedVolumes>,
     ) -> Result<(Self, Vec<UnixStream>), VolumeError> {
         // What is refused is refused before there is a process.
-        let mounts = volumes.iter().map(Volume::open).collect::<Result<Vec<_>, _>>()?;
-        let server = Self::spawn(path, log).map_err(|source| VolumeError::Server {
+        let (mut mounts, mut exports) = (Vec::new(), Vec::new());
+        for volume in volumes {
+            let (mount, kind) = volume.open()?;
+            mounts.push(mount);
+            exports.push(Export { destination: volume.destination(), kind });
+        }
+        let before = saved.map_or(&[][..], |saved| &saved.exports);
+        for ((volume, export), before) in volumes.iter().zip(&exports).zip(before) {
+            if export.kind != before.kind {
+                return Err(VolumeError::Other {
+                    source_path: volume.source.clone(),
+                    destination: volume.destination.clone(),
+                    found: export.kind,
+                    saved: before.kind,
+                });
+            }
+        }
+        let server = Self::spawn(path, log, exports).map_err(|source| VolumeError::Server {
             path: path.into(),
             operation: "start",
             source,
         })?;
         for (id, mount) in (0u32..).zip(&mounts) {
             server.call("export", &Call::Export { id }, &[mount.as_raw_fd()])?;
+        }
+        if let Some(saved) = saved {
+            server.call("restore", &Call::Restore, &[saved.tables.as_raw_fd()])?;
         }
         let pairs: io::Result<Vec<_>> = (0..THREADS).map(|_| UnixStream::pair()).collect();
         let (ours, theirs): (Vec<_>, Vec<_>) =
@@ -60,7 +84,7 @@ impl FileServer {
         Ok((server, ours))
     }
 
-    fn spawn(path: &Path, log: File) -> io::Result<Self> {
+    fn spawn(path: &Path, log: File, exports: Vec<Export>) -> io::Result<Self> {
         let (control, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let deadline = nix::sys::time::TimeVal::from(libc::timeval {
@@ -76,13 +100,20 @@ impl FileServer {
             .stderr(Stdio::from(log))
             .spawn()?;
         match ProcessId::of(child.id()) {
-            Ok(id) => Ok(Self { path: path.into(), child, id, control }),
+            Ok(id) => Ok(Self { path: path.into(), child, id, control, exports }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
                 Err(error)
             }
         }
+    }
+
+    /// What the guest knows of it. Nothing may be under way, nor come: the VM is paused. Blocks until the server has answered.
+    pub(crate) fn save(&self) -> Result<SavedVolumes, VolumeError> {
+        let tables = memory_file(&[]).map_err(|error| self.error("save", error))?;
+        self.call("save", &Call::Save, &[tables.as_raw_fd()])?;
+        Ok(SavedVolumes { exports: self.exports.clone(), tables })
     }
 
     pub(crate) fn id(&self) -> ProcessId {

@@ -37,6 +37,8 @@ pub struct Setup {
     pub initrd: Option<Vec<u8>>,
     pub disks: Vec<(File, bool)>,
     pub vsock: bool,
+    /// The tag of a file system device.
+    pub filesystem: Option<String>,
     pub host_ports: Vec<u32>,
     pub cap_bytes: u64,
     /// Where console output goes instead of the pipe that [`Vm::console`] reads.
@@ -57,6 +59,7 @@ impl Setup {
             initrd: None,
             disks: Vec::new(),
             vsock: false,
+            filesystem: None,
             host_ports: Vec::new(),
             cap_bytes: 0,
             console: None,
@@ -98,6 +101,12 @@ impl Setup {
     pub fn vsock(mut self, host_ports: &[u32]) -> Self {
         self.vsock = true;
         self.host_ports = host_ports.to_vec();
+        self
+    }
+
+    #[must_use]
+    pub fn filesystem(mut self, tag: &str) -> Self {
+        self.filesystem = Some(tag.to_owned());
         self
     }
 
@@ -172,7 +181,7 @@ impl Setup {
                 host_ports: self.host_ports.clone(),
             }),
             disk_slots: DiskSlots::default(),
-            filesystem: None,
+            filesystem: self.filesystem.clone(),
             network_slots: MAX_NETWORK_SLOTS,
             disks: self
                 .disks

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -234,6 +234,13 @@ impl Vm {
     }
 
     /// Gives a network slot its tap, without limits.
+    /// Gives the file system device a server; its end of the one socket.
+    pub fn attach_filesystem(&mut self) -> Result<UnixStream, Failure> {
+        let (server, socket) = UnixStream::pair().expect("a pair of sockets can be made");
+        let call = Call::AttachFilesystem { sockets: vec![FdIndex(0)] };
+        self.call_with(call, &[socket.as_fd()]).map(|_| server)
+    }
+
     pub fn attach_network(&mut self, slot: u8, tap: &OwnedFd) -> Result<Reply, Failure> {
         let (to_guest, from_guest) = (RateLimit::default(), RateLimit::default());
         let call = Call::AttachNetwork(NetworkConfig { slot, tap: FdIndex(0), to_guest, from_guest });

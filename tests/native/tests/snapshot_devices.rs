@@ -100,3 +100,18 @@ fn bytes_that_wait_for_the_guest_wait_in_the_copy() {
     let text = copy.console.as_ref().unwrap().wait(DEADLINE, |text| Some(text.to_owned())).unwrap();
     assert!(!text.contains("ok hello"), "{text}");
 }
+
+#[test]
+fn a_machine_that_had_a_file_server_goes_on_with_another_only() {
+    let mut vm = Setup::new("shell").filesystem("volumes").boot();
+    let without = vm.snapshot("a", &[]);
+    let _server = vm.attach_filesystem().unwrap();
+    let with = vm.snapshot("b", &[]);
+    assert!(without.restore().run().run("cmdline").contains("ok cmdline"));
+    let mut copy = with.restore().paused();
+    let refused = copy.call(Call::Resume).unwrap_err();
+    assert!(refused.message.contains("attach one first"), "{}", refused.message);
+    let _another = copy.attach_filesystem().unwrap();
+    assert_eq!(copy.call(Call::Resume), Ok(Reply::Done));
+    assert!(copy.run("cmdline").contains("ok cmdline"));
+}

@@ -601,6 +601,7 @@ impl From<StateError> for Failure {
             StateError::Exhausted { .. } => FailureCode::Exhausted,
             StateError::Attach(_)
             | StateError::NoFilesystem
+            | StateError::NoFileServer
             | StateError::NoDisk { .. }
             | StateError::NoNetworkSlot { .. }
             | StateError::Balloon { .. } => FailureCode::InvalidArgument,

@@ -43,6 +43,8 @@ pub enum StateError {
     InFlight { requests: usize, seconds: u64 },
     #[error("attach a file server: the VM was configured without a file system device")]
     NoFilesystem,
+    #[error("resume: the saved VM had a file server, and this one has none yet; attach one first")]
+    NoFileServer,
     #[error("{call}: network slot {slot}; the VM was configured with {count} slots, counted from 0")]
     NoNetworkSlot { call: &'static str, slot: u8, count: usize },
     #[error(transparent)]
@@ -75,6 +77,8 @@ pub type Refusal = Box<dyn std::error::Error + Send + Sync>;
 /// A place for a file server.
 pub trait FilesystemSlot {
     fn attach(&self, sockets: Vec<UnixStream>) -> Result<(), Refusal>;
+    /// Whether the guest had a server before it was restored, and has none yet.
+    fn awaits_server(&self) -> bool;
     /// While held, requests stay in their queue.
     fn hold(&self, held: bool);
     /// Requests that the server has not answered.
@@ -207,6 +211,9 @@ impl Vm {
     /// Continues; `shutting_down` says that the power button was pressed before the pause.
     pub fn resume(&mut self, shutting_down: bool) -> Result<(), StateError> {
         self.require("resume", &[VmState::Paused], "only a paused VM can be resumed")?;
+        if self.parts.filesystem.as_ref().is_some_and(|filesystem| filesystem.awaits_server()) {
+            return Err(StateError::NoFileServer);
+        }
         self.parts.gauges.resumed();
         self.hold(false);
         self.run();

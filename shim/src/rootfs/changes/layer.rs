@@ -74,6 +74,19 @@ pub(crate) fn settle(upper: &Path, beside: &Path) -> Result<Ground, RootfsError>
     Ok(Ground::Directory(upper.into()))
 }
 
+/// As [`settle`], for a layer whose disk is going to be a snapshot's. A complete export stays for clients until the
+/// disk is there; what only the directory has would be lost, and is not.
+pub(crate) fn settle_restored(upper: &Path, beside: &Path) -> Result<(), RootfsError> {
+    let layer = Layer::new(upper, beside);
+    let Some(marker) = layer.marker()? else { return Ok(()) };
+    let unused = writable::lock_existing(beside)?;
+    match marker {
+        Marker::Complete { stamp } if unused.is_some() && layer.stamp()? == stamp => Ok(()),
+        Marker::Complete { .. } => Err(RootfsError::Changed { path: upper.into() }),
+        Marker::Working | Marker::Failed { .. } => layer.undo(None),
+    }
+}
+
 /// The steps, each of which may be the last before a kill.
 pub(super) struct Layer {
     upper: PathBuf,

@@ -433,6 +433,24 @@ fn without_its_disk_an_export_is_all_there_is() {
 }
 
 #[test]
+fn a_disk_that_is_put_back_costs_no_client_its_changes() {
+    let scene = Scene::new();
+    let settled = || settle_restored(&scene.at(""), &scene.beside(""));
+    settled().unwrap();
+    scene.export(Tar::default().dir(".").file("a", b"guest").end());
+    settled().unwrap();
+    assert_eq!(text(&scene.at("a")), "guest", "it stays for clients");
+    fs::write(scene.at("a"), "client").unwrap();
+    let refused = settled().unwrap_err();
+    assert!(matches!(refused, RootfsError::Changed { .. }), "{refused}");
+    assert!(text(&scene.at("a")) == "client" && scene.beside(writable::DISK).exists());
+    // What is out of date is nobody's.
+    scene.layer().outdate().unwrap();
+    settled().unwrap();
+    assert!(!scene.at("a").exists() && scene.is_clean());
+}
+
+#[test]
 fn the_marker_of_another_version_is_refused_and_nothing_is_touched() {
     let scene = Scene::new();
     scene.export(Tar::default().dir(".").file("a", b"1").end());

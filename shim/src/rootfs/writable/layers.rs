@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::{DISK, host, publish, restoring};
 use crate::rootfs::RootfsError;
 use crate::rootfs::temporary::Temporary;
-use crate::snapshot::{SnapshotId, share};
+use crate::snapshot::{SnapshotId, share, digest};
 
 pub(in crate::rootfs) const LIST: &str = "layers.json";
 const VERSION: u32 = 1;
@@ -153,6 +153,35 @@ impl Layers {
         restoring::done(&self.dir)
     }
 
+    /// The disk as it was when a snapshot with these `files` was taken of it, from the bottom up: they are its lowest layers, and it
+    /// goes on in a new one above them. `None` when it is no descendant of that snapshot. The directory keeps the disk that it has until
+    /// [`PutBack::commit`]; nobody else can use it meanwhile.
+    pub(in crate::rootfs) fn put_back(
+        self,
+        files: &[File],
+    ) -> Result<Option<(WritableDisk, PutBack)>, RootfsError> {
+        let current = self.lock()?;
+        if files.is_empty() || files.len() >= self.names.len() {
+            return Ok(None);
+        }
+        let mut below = Vec::with_capacity(files.len());
+        for (name, file) in self.names.iter().zip(files) {
+            let own = self.read(name)?;
+            if !is_same(&own, file).map_err(host("read", &self.dir.join(name)))? {
+                return Ok(None);
+            }
+            below.push(own);
+        }
+        self.remove_unlisted();
+        let mut names = self.names[..files.len()].to_vec();
+        let StagedLayer { file: top, name } = Self { dir: self.dir.clone(), names: names.clone() }.stage()?;
+        let staged = Some(self.dir.join(&name));
+        names.push(name);
+        let layers = Self { dir: self.dir, names };
+        let put_back = PutBack { layers: layers.clone(), staged, _current: current };
+        Ok(Some((WritableDisk { top, below, layers }, put_back)))
+    }
+
     fn new_name(&self) -> Result<(String, PathBuf), RootfsError> {
         let id = SnapshotId::random().map_err(host("choose a name in", &self.dir))?;
         let name = format!("{PREFIX}{id}{SUFFIX}");
@@ -263,6 +292,45 @@ impl Layers {
         self.names = list.layers;
         Ok(())
     }
+}
+
+/// A disk that is going to be the directory's in place of the one that is there. Dropped, it is not, and its new layer is removed.
+#[derive(Debug)]
+pub(crate) struct PutBack {
+    layers: Layers,
+    /// The new layer, until it may be in the list.
+    staged: Option<PathBuf>,
+    /// Locks the disk that is there.
+    _current: File,
+}
+
+impl PutBack {
+    /// From here on the directory's disk is this one. What was written since the snapshot is removed.
+    pub(crate) fn commit(mut self) -> Result<(), RootfsError> {
+        // If writing the list fails nobody knows which one counts; an unlisted layer goes when the disk is opened.
+        self.staged = None;
+        let names = self.layers.names.clone();
+        self.layers.write(names)?;
+        self.layers.remove_unlisted();
+        Ok(())
+    }
+}
+
+impl Drop for PutBack {
+    fn drop(&mut self) {
+        if let Some(path) = self.staged.take() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether two files, which nobody writes, are one layer: the same file, or a copy.
+fn is_same(own: &File, other: &File) -> io::Result<bool> {
+    let (a, b) = (own.metadata()?, other.metadata()?);
+    if (a.dev(), a.ino()) == (b.dev(), b.ino()) {
+        return Ok(true);
+    }
+    Ok(a.len() == b.len() && digest(own)? == digest(other)?)
 }
 
 /// A layer that is not in the list yet.

@@ -276,7 +276,7 @@ fn a_restored_disk_whose_task_never_ran_is_removed_by_delete_and_another_can_be_
     let host = Host::new();
     let files = captured(&host);
     for place in [host.overlay(), host.native()] {
-        let disk = adopt(&place, &files).unwrap();
+        let (disk, _) = adopt(&place, &files).unwrap();
         let vmm = disk.top.try_clone().unwrap();
         drop(disk);
         crate::rootfs::sweep_layer(&place.dir);
@@ -285,11 +285,13 @@ fn a_restored_disk_whose_task_never_ran_is_removed_by_delete_and_another_can_be_
         crate::rootfs::sweep_layer(&place.dir);
         let owner = usize::from(place.dir.join(OWNER).exists());
         assert_eq!(count(&place.dir), owner, "{}", place.dir.display());
-        let disk = adopt(&place, &files).unwrap();
+        let (disk, _) = adopt(&place, &files).unwrap();
         disk.layers.keep().unwrap();
         drop(disk);
         crate::rootfs::sweep_layer(&place.dir);
-        assert!(matches!(adopt(&place, &files), Err(RootfsError::Occupied { .. })), "its task has run");
+        let (disk, put_back) = adopt(&place, &files).unwrap();
+        assert!(put_back.is_some(), "its task has run");
+        drop((disk, put_back));
         assert_eq!(host.open(&place).unwrap().below.len(), 2);
     }
 }
@@ -299,7 +301,7 @@ fn a_restored_disk_that_no_delete_came_for_is_not_the_next_ones() {
     let host = Host::new();
     let (place, files) = (host.overlay(), captured(&host));
     drop(adopt(&place, &files).unwrap());
-    assert_eq!(adopt(&place, &files).unwrap().below.len(), 2, "restored anew");
+    assert_eq!(adopt(&place, &files).unwrap().0.below.len(), 2, "restored anew");
     let disk = host.open(&place).unwrap();
     assert_eq!((disk.below.len(), disk.size().unwrap()), (0, 64 << 20), "a new one");
     assert_eq!(count(&place.dir), 1);

@@ -10,6 +10,7 @@ use super::{
 const MAX_LAYERS: usize = 1024;
 const MAX_DISKS: usize = 64;
 const MAX_DEVICES: usize = 256;
+const MAX_EXPORTS: usize = 1024;
 const MAX_LABELS: usize = 64;
 /// Most bytes of a name, a label, an identifier.
 const MAX_TEXT: usize = 4096;
@@ -33,6 +34,9 @@ impl Manifest {
         self.check_counts()?;
         self.check_texts()?;
         check_file("state", &self.state, MAX_STATE)?;
+        if let Some(volumes) = &self.volumes {
+            check_file("the tables of volumes", &volumes.tables, MAX_STATE)?;
+        }
         let mut seen = HashSet::new();
         for layer in &self.layers {
             check_file("a layer", &layer.file, MAX_LENGTH)?;
@@ -48,7 +52,9 @@ impl Manifest {
     }
 
     fn check_counts(&self) -> Result<(), ManifestError> {
+        let exports = self.volumes.as_ref().map_or(0, |volumes| volumes.exports.len());
         let counts = [
+            ("the number of volumes", exports, MAX_EXPORTS, "1024 are allowed"),
             ("the number of layers", self.layers.len(), MAX_LAYERS, "1024 are allowed"),
             ("the number of extents", self.memory.extents.len(), MAX_EXTENTS, "16384 are allowed"),
             ("the number of memory regions", self.memory.regions.len(), 64, "64 are allowed"),
@@ -67,7 +73,10 @@ impl Manifest {
         let texts = [&self.namespace, &self.container, &self.cpu, vmm, kernel, initramfs];
         let labels = self.labels.iter().flat_map(|(key, value)| [key, value]);
         let serials = self.disks.iter().map(|disk| &disk.serial);
-        for text in texts.into_iter().chain(&self.name).chain(labels).chain(&self.devices).chain(serials) {
+        let exports = self.volumes.iter().flat_map(|volumes| &volumes.exports);
+        let mounts = exports.map(|export| &export.destination);
+        let texts = texts.into_iter().chain(&self.name).chain(labels).chain(&self.devices);
+        for text in texts.chain(serials).chain(mounts) {
             // Shown in terminals.
             if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
                 return Err(field("a text", clip(text), "4096 bytes without control characters are allowed"));

@@ -82,8 +82,8 @@ fn a_snapshot_under_another_ones_name_is_refused() {
 
 #[test]
 fn a_newer_version_is_refused_as_such_and_foreign_files_as_foreign() {
-    let newer = br#"{"format":"spore-snapshot","version":2,"payload":[]}"#;
-    assert!(matches!(Manifest::decode(newer), Err(ManifestError::Newer { found: 2 })));
+    let newer = br#"{"format":"spore-snapshot","version":3,"payload":[]}"#;
+    assert!(matches!(Manifest::decode(newer), Err(ManifestError::Newer { found: 3 })));
     let older = br#"{"format":"spore-snapshot","version":0}"#;
     assert!(matches!(Manifest::decode(older), Err(ManifestError::Field { .. })));
     for foreign in [&b""[..], b"[]", b"{}", b"\xff\xfe", br#"{"format":"docker","version":1}"#] {
@@ -91,6 +91,20 @@ fn a_newer_version_is_refused_as_such_and_foreign_files_as_foreign() {
     }
     let long = vec![b' '; 5 << 20];
     assert!(matches!(Manifest::decode(&long), Err(ManifestError::TooLong { .. })));
+}
+
+#[test]
+fn a_manifest_of_version_1_is_one_without_volumes() {
+    use sha2::{Digest, Sha256};
+    let place = Place::new();
+    let disk = place.disk_file("disk", 5);
+    let first = make(&place.store, "a", &disk).unwrap();
+    let made = make_above(&place.store, first.id);
+    let text = serde_json::to_string(&made).unwrap();
+    assert!(!text.contains("volumes"));
+    let digest = hex(&Sha256::digest(&text));
+    let file = format!(r#"{{"format":"spore-snapshot","version":1,"sha256":"{digest}","manifest":{text}}}"#);
+    assert_eq!(Manifest::decode(file.as_bytes()).unwrap(), made);
 }
 
 /// Every rule of the format, broken by itself.
@@ -133,6 +147,19 @@ fn manifests_that_make_no_sense_are_refused_by_name() {
         (changed(|manifest| manifest.layers[0].file.length = u64::MAX), "more than is allowed"),
         (changed(|manifest| manifest.layers[0].file.sha256 = "../..".into()), "64 hexadecimal digits"),
         (changed(|manifest| manifest.state.length = 1 << 40), "more than is allowed"),
+        (
+            changed(|manifest| {
+                manifest.volumes.iter_mut().for_each(|volumes| volumes.tables.length = 1 << 40)
+            }),
+            "more than is allowed",
+        ),
+        (
+            changed(|manifest| {
+                let volumes = manifest.volumes.iter_mut();
+                volumes.for_each(|volumes| volumes.exports[0].destination.push('\u{7}'));
+            }),
+            "control characters",
+        ),
         (changed(|manifest| manifest.name = Some("\u{1b}[2J".into())), "control characters"),
     ];
     for (manifest, expected) in cases {

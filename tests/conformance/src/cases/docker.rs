@@ -1,6 +1,7 @@
 //! Docker's engine and command over the same containerd. What is not about networks is done without one.
 
 pub(crate) mod changes;
+pub(crate) mod checkpoint;
 pub(crate) mod network;
 
 use std::fs;

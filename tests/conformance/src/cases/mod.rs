@@ -60,7 +60,8 @@ impl Case {
 
 /// The cases for one series of containerd.
 pub(crate) fn all(series: &str) -> Vec<Case> {
-    let of_docker = [docker::CASES, docker::changes::CASES, docker::network::CASES].concat();
+    let of_docker =
+        [docker::CASES, docker::changes::CASES, docker::checkpoint::CASES, docker::network::CASES].concat();
     let docker = of_docker.into_iter().filter(|_| series == docker::SERIES);
     let mut cases = [
         exec::CASES,

@@ -1,6 +1,8 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
 use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -8,6 +10,7 @@ use serde_json::Value;
 use spore_harness::bed::Subject;
 use spore_harness::call::{Output, Running};
 use spore_harness::image::BUSYBOX;
+use spore_harness::wait;
 
 use super::{Case, expect_contains, expect_equal};
 
@@ -15,7 +18,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::a_counter_goes_on_where_it_was", a_counter_goes_on).spore_only().starts(3),
     // The ctr of 1.7 tells only runc.
     Case::new("checkpoint::with_exit_the_task_ends", with_exit).spore_only().starts(2).since("2."),
-    Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(3),
+    Case::new("checkpoint::with_volumes", with_volumes).spore_only().starts(2),
+    Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(1),
     // What is in the store afterwards is counted.
     Case::new("checkpoint::snapshot_command", snapshot_command).spore_only().starts(3).alone(),
 ];
@@ -160,25 +164,65 @@ fn refusals(subject: &Subject) -> Result<()> {
         ensure!(!output.success(), "{output}");
         expect_contains("standard error", &output.errors(), part)
     };
-    refused(&stopped, "stopped")?;
-    let id = scene.name("volume");
-    let mount = "type=bind,src=/usr,dst=/mnt,options=rbind:ro";
-    let runtime = subject.runtime.id();
-    subject.must(&[
-        "run",
-        "--detach",
-        "--runtime",
-        runtime,
-        "--mount",
-        mount,
-        BUSYBOX,
-        &id,
-        "sleep",
-        "1000",
-    ])?;
-    refused(&id, "bind mounts")?;
-    // As if nothing had been asked.
-    expect_equal("what it says", &scene.says(&id, "echo here")?.as_str(), &"here\n")
+    refused(&stopped, "stopped")
+}
+
+/// Writes numbered lines into a file of the host's, and on demand reads another that it has open.
+const WRITER: &str = "exec 3> /data/log 4< /data/gone; n=0; while :; do n=$((n+1)); echo $n >&3; \
+    if [ -e /data/ask ]; then rm /data/ask; { cat <&4; cat /file; } > /data/told.new 2>&1; mv /data/told.new /data/told; fi; \
+    usleep 10000; done";
+
+/// Open files of the host's are the same afterwards, at the same place; what is gone is gone.
+fn with_volumes(subject: &Subject) -> Result<()> {
+    let mut scene = Scene::new(subject);
+    let host = subject.bed.rootfs().with_file_name(subject.id("checkpointed-volume"));
+    fs::create_dir(&host)?;
+    let _removed = Removed(host.clone());
+    fs::write(host.join("gone"), "not read before\n")?;
+    fs::write(host.join("one"), "one file\n")?;
+    let id = scene.name("volumes");
+    let directory = format!("type=bind,src={},dst=/data,options=rbind:rw", host.display());
+    let file = format!("type=bind,src={},dst=/file,options=rbind:ro", host.join("one").display());
+    let mut args = vec!["run", "--detach", "--runtime", subject.runtime.id(), "--mount", &directory];
+    args.extend(["--mount", &file, BUSYBOX, &id, "sh", "-c", WRITER]);
+    subject.must(&args)?;
+    let lines = |least: usize| -> Result<Vec<String>> {
+        wait::until("the container has written", SHOWN, || {
+            let text = fs::read_to_string(host.join("log")).ok()?;
+            let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+            (lines.len() >= least).then_some(lines)
+        })
+    };
+    lines(20)?;
+    let image = scene.checkpoint(&id)?;
+    subject.must(&["tasks", "kill", "--signal", "KILL", &id])?;
+    subject.must(&["tasks", "delete", "--force", &id])?;
+    let before = lines(20)?.len();
+    // The new file likely has the old one's inode.
+    fs::remove_file(host.join("gone"))?;
+    fs::write(host.join("other"), "another file\n")?;
+
+    scene.restore("volumes-again", &image)?;
+    let after = lines(before + 20)?;
+    // Line by line as if nothing had been, though the source had gone on a little.
+    for (number, line) in (1..).zip(&after[..before + 19]) {
+        expect_equal("a line", line, &number.to_string())?;
+    }
+    fs::write(host.join("ask"), "")?;
+    let told = wait::until("the container has told", SHOWN, || fs::read_to_string(host.join("told")).ok())?;
+    expect_contains("what it reads", &told, "Stale file handle")?;
+    expect_contains("what it reads", &told, "one file\n")?;
+    ensure!(!told.contains("another"), "{told}");
+    Ok(())
+}
+
+/// A directory, removed with the value.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).ok();
+    }
 }
 
 /// Snapshots of the `spore` command: taken of a container that goes on, listed, shown, carried away, removed, brought back.

@@ -74,6 +74,16 @@ impl Driver {
         driver
     }
 
+    /// The same guest with another device, which takes up the state of this one. It has the same memory, so this one is to be left.
+    pub(crate) fn restored(&self, device: impl VirtioDevice + 'static) -> Self {
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (memory, rings) = (self.memory.clone(), self.rings.clone());
+        let mut transport =
+            MmioTransport::new(Box::new(device), memory.clone(), irq.try_clone().unwrap()).unwrap();
+        transport.restore(&self.transport.save().unwrap()).unwrap();
+        Self { transport, memory, irq, rings }
+    }
+
     pub(crate) fn read(&mut self, offset: u64) -> u32 {
         let mut word = [0; 4];
         self.transport.read(offset, &mut word);

@@ -95,6 +95,10 @@ impl FilesystemSlot for FsHandle {
         Ok(self.attach(sockets)?)
     }
 
+    fn awaits_server(&self) -> bool {
+        self.awaits_server()
+    }
+
     fn hold(&self, held: bool) {
         self.hold(held);
     }

@@ -280,6 +280,7 @@ fn saved_tables_go_on_in_another_server() {
     let (kept, handle) = create(&tree, &EVERYBODY, sub, "kept", libc::O_RDWR).unwrap();
     let (lost, lost_handle) = create(&tree, &EVERYBODY, root, "lost", libc::O_RDWR).unwrap();
     let (replaced, _) = create(&tree, &EVERYBODY, root, "replaced", libc::O_RDWR).unwrap();
+    let (gone, gone_handle) = create(&tree, &EVERYBODY, root, "gone", libc::O_RDWR).unwrap();
     tree.unlink(&EVERYBODY, root, c"lost").unwrap();
     let shown = tree.getattr(&EVERYBODY, kept, None).unwrap().0.st_ino;
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -287,6 +288,9 @@ fn saved_tables_go_on_in_another_server() {
     drop(tree);
     std::fs::remove_file(dir.path().join("replaced")).unwrap();
     symlink("/etc/passwd", dir.path().join("replaced")).unwrap();
+    std::fs::remove_file(dir.path().join("gone")).unwrap();
+    // Likely with the inode number of the one before.
+    std::fs::write(dir.path().join("other"), "").unwrap();
 
     let (tree, same) = serving(dir.path());
     assert_eq!(root, same);
@@ -297,8 +301,11 @@ fn saved_tables_go_on_in_another_server() {
     assert_eq!(error(tree.getattr(&EVERYBODY, lost, None)), libc::ESTALE);
     assert_eq!(error(tree.fsync(&EVERYBODY, lost, false, lost_handle)), libc::ESTALE);
     assert_eq!(error(tree.getattr(&EVERYBODY, replaced, None)), libc::ESTALE, "another kind of file");
+    assert_eq!(error(tree.getattr(&EVERYBODY, gone, None)), libc::ESTALE);
+    assert_eq!(error(tree.fallocate(&EVERYBODY, gone, gone_handle, 0, 0, 100)), libc::ESTALE);
+    assert_eq!(std::fs::metadata(dir.path().join("other")).unwrap().len(), 0, "not another file");
     let new = create(&tree, &EVERYBODY, root, "new", libc::O_RDWR).unwrap();
-    assert!(new.0 > replaced && new.1 > lost_handle, "numbers are not used again");
+    assert!(new.0 > gone && new.1 > gone_handle, "numbers are not used again");
 }
 
 #[test]

@@ -183,3 +183,61 @@ fn a_disk_without_its_lowest_file_is_none_and_is_made_anew() {
         "raw, one delta, the top, the list, what says that no task has it"
     );
 }
+
+/// Names in a directory, without the list.
+fn layers_in(dir: &Path) -> usize {
+    std::fs::read_dir(dir).unwrap().filter(|entry| entry.as_ref().unwrap().file_name() != LIST).count()
+}
+
+#[test]
+fn a_disk_is_put_back_to_a_snapshot_of_it_when_that_is_committed() {
+    let (from, to) = (Place::new(), tempfile::tempdir().unwrap());
+    let files = captured(&from);
+    let there = || Layers::find(to.path()).unwrap().unwrap();
+    let mut disk = Layers::adopt(to.path(), &files).unwrap().open().unwrap();
+    // Two more snapshots.
+    for _ in 0..2 {
+        let staged = disk.layers.stage().unwrap();
+        disk.layers.add(&staged).unwrap();
+        disk.top = staged.file;
+        disk.top.write_all(b"since then").unwrap();
+    }
+    assert!(matches!(there().put_back(&files), Err(RootfsError::InUse { .. })));
+    drop(disk);
+
+    // By copies of the files too.
+    let copies = captured(&Place::new());
+    for files in [&files, &copies] {
+        let (disk, put_back) = there().put_back(files).unwrap().unwrap();
+        assert_eq!((disk.below.len(), disk.top.metadata().unwrap().len()), (3, 0));
+        assert!(matches!(there().open(), Err(RootfsError::InUse { .. })), "nobody else's meanwhile");
+        drop((disk, put_back));
+        assert_eq!(
+            (there().open().unwrap().below.len(), layers_in(to.path())),
+            (5, 6),
+            "as if nothing had been"
+        );
+    }
+    let (disk, put_back) = there().put_back(&files).unwrap().unwrap();
+    put_back.commit().unwrap();
+    assert!(matches!(there().open(), Err(RootfsError::InUse { .. })), "it is the task's");
+    drop(disk);
+    assert_eq!((there().open().unwrap().below.len(), layers_in(to.path())), (3, 4));
+}
+
+#[test]
+fn a_disk_is_not_put_back_to_a_snapshot_of_another() {
+    let (from, to) = (Place::new(), tempfile::tempdir().unwrap());
+    let mut files = captured(&from);
+    drop(Layers::adopt(to.path(), &files).unwrap());
+    let refused =
+        |files: &[File]| Layers::find(to.path()).unwrap().unwrap().put_back(files).unwrap().is_none();
+    std::fs::write(from.path("other"), "x").unwrap();
+    let other = File::open(from.path("other")).unwrap();
+    assert!(refused(&[]) && refused(&[other.try_clone().unwrap()]));
+    files[2] = other.try_clone().unwrap();
+    assert!(refused(&files));
+    files.push(other);
+    assert!(refused(&files), "of all layers and more");
+    assert_eq!(layers_in(to.path()), 4, "and nothing is left");
+}

@@ -10,6 +10,7 @@ use virtio_queue::Queue;
 
 use super::connection::{Connection, Orphan};
 use super::spec::{self, HIGH_PRIORITY, IN_HEADER, MAX_MESSAGE, OUT_HEADER, REQUESTS};
+use super::state::{self, FsStateV2};
 use crate::api::FsMetrics;
 use crate::backend::unix_socket::Stream;
 use crate::devices::virtio::queue::{DeviceQueue, HeldChain};
@@ -33,6 +34,8 @@ pub enum AttachError {
 #[derive(Default)]
 struct Slot {
     attached: bool,
+    /// The saved device had a server.
+    expected: bool,
     /// Not taken over by the device yet.
     arrived: Vec<Stream>,
     held: bool,
@@ -59,6 +62,12 @@ impl FsHandle {
         slot.arrived = sockets.into_iter().map(Stream::new).collect::<io::Result<_>>()?;
         slot.attached = true;
         Ok(())
+    }
+
+    /// Whether the guest had a server before it was restored, and has none yet.
+    pub fn awaits_server(&self) -> bool {
+        let slot = lock(&self.0);
+        slot.expected && !slot.attached
     }
 
     /// While held, requests stay in their queue; those under way are finished.
@@ -301,16 +310,22 @@ impl VirtioDevice for Fs {
     fn save(&self) -> Result<Saved, SaveError> {
         let queues = self.active.iter().flat_map(|active| &active.queues);
         let positions = queues.map(|queue| queue.position(0)).collect();
-        if lock(&self.slot).in_flight > 0 {
+        let slot = lock(&self.slot);
+        if slot.in_flight > 0 {
             let detail = "requests are with the file server".to_owned();
             return Err(SaveError { part: DEVICE.to_owned(), detail });
         }
-        Ok(Saved { positions, own: PartState::none() })
+        let own = FsStateV2 { served: slot.attached || slot.expected };
+        Ok(Saved { positions, own: PartState::new(DEVICE, state::VERSION, &own)? })
     }
 
     /// The server is another one, whose own state is its own.
     fn restore(&mut self, own: &PartState) -> Result<(), RestoreError> {
-        own.check_version(DEVICE, 1)
+        own.check_version(DEVICE, state::VERSION)?;
+        // Before version 2 nobody saved a guest that had one.
+        let served = own.version > 1 && own.read::<FsStateV2>(DEVICE, state::VERSION)?.served;
+        lock(&self.slot).expected = served;
+        Ok(())
     }
 
     fn process_queue(&mut self, _index: u16) -> Result<Pending, DeviceError> {

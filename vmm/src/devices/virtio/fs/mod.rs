@@ -2,7 +2,7 @@
 //! a file server.
 //!
 //! Rooms: `spec` what the guest sees, `device` the device and its handle, `connection` one
-//! socket and the one message that is under way on it.
+//! socket and the one message that is under way on it, `state` what is saved.
 //!
 //! The device knows nothing of files. A request goes out on an idle socket as the guest wrote
 //! it, only that the length in its header is made the true one; the server answers every
@@ -12,13 +12,18 @@
 //! of requests in flight.
 //!
 //! Without a server every request is answered with ENOTCONN; what a server that goes away
-//! leaves unanswered, with EIO. Nothing is saved but the queues: in a pause what was asked is answered first.
-//!  Bytes go from and to guest memory without a copy, never
+//! leaves unanswered, with EIO. Bytes go from and to guest memory without a copy, never
 //! blocking, on the event-loop thread.
+//!
+//! Saved are the queues, and whether there was a server: in a pause what was asked is answered first, so no request
+//! is under way, and those that wait in a queue are the restored device's. A guest that had a server is not
+//! resumed without one, which would answer its open files with ENOTCONN: the VM asks
+//! [`FsHandle::awaits_server`].
 
 mod connection;
 mod device;
 mod spec;
+mod state;
 #[cfg(test)]
 mod tests;
 

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::spec::{IN_HEADER, MAX_MESSAGE, OUT_HEADER};
 use super::*;
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::testing::{DATA, Driver, Part, poll_readable, readable, writable};
+use crate::snapshot::PartState;
 
 const REQUESTS: usize = 1;
 const REPLY: u64 = DATA + 0x20_0000;
@@ -302,4 +304,63 @@ fn while_held_requests_wait_and_those_under_way_are_finished() {
     guest.servers[0].write_all(&reply(2, b"")).unwrap();
     guest.deliver();
     assert_eq!(guest.driver.used(REQUESTS), [(second, 16)]);
+}
+
+#[test]
+fn a_restored_device_serves_what_waited_from_another_server() {
+    let mut guest = Guest::new(1);
+    let first = guest.ask(1, b"x", &[writable(REPLY, ROOM)]);
+    let second = guest.ask(2, b"x", &[writable(REPLY + 0x1000, ROOM)]);
+    guest.driver.kick(REQUESTS as u16);
+    receive(&mut guest.servers[0], IN_HEADER + 1);
+    guest.handle.hold(true);
+    let error = guest.driver.transport.save().unwrap_err();
+    assert!(error.to_string().contains("with the file server"), "{error}");
+    guest.servers[0].write_all(&reply(1, b"")).unwrap();
+    let watch = guest.driver.transport.watches()[0];
+    guest.driver.transport.process_backend(watch.fd, true, false);
+
+    let device = Fs::new("volumes".into());
+    let handle = device.handle();
+    handle.hold(true);
+    let mut driver = guest.driver.restored(device);
+    assert!(handle.awaits_server());
+    let (ours, mut server) = UnixStream::pair().unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    handle.attach(vec![ours]).unwrap();
+    assert!(!handle.awaits_server());
+    handle.hold(false);
+    driver.settle();
+    assert_eq!(receive(&mut server, IN_HEADER + 1)[8], 2, "the first was answered by the one before");
+    server.write_all(&reply(2, b"")).unwrap();
+    assert!(poll_readable(driver.transport.watches()[0].fd, 0));
+    let fd = driver.transport.watches()[0].fd;
+    driver.transport.process_backend(fd, true, false);
+    assert_eq!(driver.used(REQUESTS), [(first, 16), (second, 16)]);
+}
+
+#[test]
+fn a_restored_device_awaits_a_server_if_it_had_one() {
+    let restored = |guest: &Guest| {
+        let device = Fs::new("volumes".into());
+        let handle = device.handle();
+        (guest.driver.restored(device), handle)
+    };
+    let (_driver, handle) = restored(&Guest::new(0));
+    assert!(!handle.awaits_server());
+    let (driver, handle) = restored(&Guest::new(1));
+    assert!(handle.awaits_server());
+    let device = Fs::new("volumes".into());
+    let again = device.handle();
+    let _driver = driver.restored(device);
+    assert!(again.awaits_server(), "saved before it got one");
+
+    let restore = |version, data| {
+        let mut device = Fs::new("volumes".into());
+        let handle = device.handle();
+        device.restore(&PartState { version, data }).map(|()| handle.awaits_server())
+    };
+    assert_eq!(restore(1, serde_json::Value::Null).ok(), Some(false), "of an older build");
+    assert!(restore(2, serde_json::Value::Null).is_err());
+    assert!(restore(3, serde_json::Value::Null).is_err());
 }
