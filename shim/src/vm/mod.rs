@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use slog::{Logger, warn};
-pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, SnapshotTimes};
 use spore_vmm::api::{Call, DiskConfig, FailureCode, FdIndex, Metrics, NetworkConfig, RateLimit, Reply};
+pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, SnapshotTimes};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;

@@ -255,8 +255,11 @@ fn snapshot_command(subject: &Subject) -> Result<()> {
     }
     let durable = must(&["snapshot", "create", &source])?;
     let (first, durable) = (told["id"].as_str().unwrap_or_default(), durable.trim_end());
-    let listed = || -> Result<Vec<Value>> { Ok(serde_json::from_str(&must(&["snapshot", "ls", "--json"])?)?) };
-    let has = |rows: &[Value], id: &str| rows.iter().any(|row| row["id"] == id && row["container"] == source.as_str());
+    let listed =
+        || -> Result<Vec<Value>> { Ok(serde_json::from_str(&must(&["snapshot", "ls", "--json"])?)?) };
+    let has = |rows: &[Value], id: &str| {
+        rows.iter().any(|row| row["id"] == id && row["container"] == source.as_str())
+    };
     ensure!(has(&listed()?, durable), "{durable} is not in the store");
     let deadline = Instant::now() + SHOWN;
     while !has(&listed()?, first) {
@@ -276,13 +279,20 @@ fn snapshot_command(subject: &Subject) -> Result<()> {
     ensure!(exported.success(), "{exported}");
     expect_contains("standard error", &exported.errors(), "memory travels")?;
     let streamed = spore(&["snapshot", "export", durable, "-"])?;
-    ensure!(streamed.success() && streamed.stdout == std::fs::read(&path)?, "another archive on standard output");
+    ensure!(
+        streamed.success() && streamed.stdout == std::fs::read(&path)?,
+        "another archive on standard output"
+    );
     must(&["snapshot", "rm", durable])?;
     ensure!(!has(&listed()?, durable), "{durable} is still there");
     expect_equal("the imported id", &must(&["snapshot", "import", &path])?.trim_end(), &durable)?;
     let known = subject.spore(&["snapshot", "import", "-"])?.stdin(streamed.stdout).run()?;
     expect_equal("the id of what is there already", &known.text().trim_end(), &durable)?;
-    expect_equal("what came back", &must(&["snapshot", "inspect", durable, "--json"])?, &format!("{manifest}\n"))?;
+    expect_equal(
+        "what came back",
+        &must(&["snapshot", "inspect", durable, "--json"])?,
+        &format!("{manifest}\n"),
+    )?;
 
     refused(&["snapshot", "create", &scene.stopped()?], 1, "stopped container")?;
     refused(&["snapshot", "create", "nobodys"], 1, "no shim of it answers")?;

@@ -36,7 +36,9 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     if standard && io::stdout().is_terminal() {
         return Err(Failure::Usage("an archive is nothing for a terminal; name a file, or redirect".into()));
     }
-    eprintln!("spore: warning: snapshot {id}: the guest's memory travels in the archive, keys and passwords with it");
+    eprintln!(
+        "spore: warning: snapshot {id}: the guest's memory travels in the archive, keys and passwords with it"
+    );
     let (name, from) = (format!("snapshot {id}"), file.clone());
     transfer::run(&name, move |meter| {
         if standard { to_output(&snapshot, meter) } else { to_file(&snapshot, &file, meter) }

@@ -25,7 +25,9 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let store = super::store()?;
     let input: Box<dyn Read + Send> = if args.file.as_os_str() == STANDARD {
         if io::stdin().is_terminal() {
-            return Err(Failure::Usage("an archive is nothing for a terminal; name a file, or redirect".into()));
+            return Err(Failure::Usage(
+                "an archive is nothing for a terminal; name a file, or redirect".into(),
+            ));
         }
         Box::new(io::stdin())
     } else {

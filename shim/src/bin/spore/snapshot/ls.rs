@@ -11,8 +11,7 @@ use crate::show;
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let store = super::store()?;
     let listing = store.list()?;
-    let sized: Vec<_> =
-        listing.entries.iter().map(|entry| (entry, store.size(entry.manifest.id))).collect();
+    let sized: Vec<_> = listing.entries.iter().map(|entry| (entry, store.size(entry.manifest.id))).collect();
     let broken: Vec<_> = listing.broken.iter().map(|(id, error)| (id, store.size(*id), error)).collect();
     if global.json {
         let good = sized.iter().map(|(entry, size)| as_json(entry, *size));
