@@ -46,6 +46,8 @@ struct Taken {
     layer: SnapshotId,
     saved: Saved,
     captured: Vec<File>,
+    /// As long as these have no other names.
+    held: Arc<()>,
 }
 
 impl Container {
@@ -57,6 +59,7 @@ impl Container {
         to: Vec<PathBuf>,
         end: bool,
     ) -> Result<(), Error> {
+        self.merge_layers(Layers::are_too_many).await;
         let (turn, taken) = self.stand_and_take(&store, end).await?;
         // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
         let turn = end.then_some(turn);
@@ -70,6 +73,13 @@ impl Container {
         if turn.is_some() && written.is_err() && self.phase() == Phase::Running {
             // It has not come to its end: as if nothing had been asked.
             self.thaw().await?;
+        }
+        if !end {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                this.tidy_layers().await;
+                this.merge_layers(Layers::are_many).await;
+            });
         }
         let id = written?;
         info!(self.log, "checkpoint"; "snapshot" => %id);
@@ -205,7 +215,7 @@ impl Container {
             disks: &[(disks.writable.as_str(), &staged.file)],
         };
         match self.vm.save(&to).await {
-            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured }),
+            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured, held: self.merging.capture() }),
             // The disk may have been switched before that; the new layer is right either way.
             Err(error @ VmError::Ended { .. }) => Err(error.into()),
             // It may still be switched, who knows when.
@@ -222,7 +232,7 @@ impl Container {
 
     /// Waits until all of it is written, and puts it into the store.
     async fn finish(&self, taken: Taken) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, saved, captured } = taken;
+        let Taken { mut draft, mut state, layer, saved, captured, held } = taken;
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
         let origin = self.vm.origin().map_err(host("look at the memory layers"))?;
@@ -261,6 +271,7 @@ impl Container {
             }
             let added = captured.iter().map(|file| draft.add_layer(LayerKind::Disk, file, None));
             about.disks.push(Disk { serial: writable, layers: added.collect::<Result<_, _>>()? });
+            drop(held);
             Ok::<_, StoreError>(draft.publish(about)?.id)
         })
         .await

@@ -1,5 +1,7 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
+mod disks;
+
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -15,6 +17,16 @@ pub(crate) const CASES: &[Case] = &[
     // The ctr of 1.7 tells only runc.
     Case::new("checkpoint::with_exit_the_task_ends", with_exit).spore_only().starts(2).since("2."),
     Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(3),
+    Case::new("checkpoint::a_killed_restore_leaves_no_disk", disks::a_killed_restore)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(3),
+    Case::new("checkpoint::many_leave_few_layers", disks::many_checkpoints)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(3),
 ];
 
 /// How long a program may take to show what it does.

@@ -1,3 +1,5 @@
+mod merging;
+
 use super::*;
 
 struct Place(tempfile::TempDir);
@@ -113,21 +115,6 @@ fn a_disk_has_a_largest_number_of_layers() {
     }
     let message = disk.layers.stage().unwrap_err().to_string();
     assert!(message.contains("60 layers already"), "{message}");
-}
-
-#[test]
-fn merged_layers_make_room() {
-    let place = Place::new();
-    let mut disk = place.open().unwrap();
-    for _ in 0..4 {
-        let staged = disk.layers.stage().unwrap();
-        disk.layers.add(&staged).unwrap();
-    }
-    let merged = disk.layers.stage().unwrap();
-    disk.layers.merged(1..=3, &merged).unwrap();
-    drop((disk, merged));
-    assert_eq!(place.open().unwrap().below.len(), 2);
-    assert_eq!(place.count(), 4, "the raw file, the merged one, the top, the list");
 }
 
 #[test]
