@@ -233,9 +233,8 @@ mod tests {
             File::open(store.root().join(id.to_string())).unwrap().set_modified(arrived).unwrap();
             id
         });
-        let there = || -> Vec<_> {
-            store.list().unwrap().entries.iter().map(|entry| entry.manifest.id).collect()
-        };
+        let there =
+            || -> Vec<_> { store.list().unwrap().entries.iter().map(|entry| entry.manifest.id).collect() };
         prune(&store, Some(1)).unwrap();
         assert_eq!(there(), [asked, old, young], "{older} was the oldest of them");
         prune(&store, Some(1)).unwrap();

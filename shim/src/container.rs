@@ -9,6 +9,7 @@ mod end;
 mod exec;
 mod files;
 mod limits;
+mod merge;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -29,6 +30,7 @@ pub(crate) use self::checkpoint::HeldDisks;
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
 use self::limits::Checked;
+use self::merge::Merging;
 use crate::checkpoint::blocking;
 use crate::error::Error;
 use crate::events::Events;
@@ -105,6 +107,7 @@ pub(crate) struct Container {
     /// Whether it comes out of a checkpoint.
     restored: bool,
     disks: tokio::sync::Mutex<HeldDisks>,
+    merging: Merging,
     /// Follows kills for lack of memory.
     memory: Mutex<Option<JoinHandle<()>>>,
 }
@@ -137,6 +140,7 @@ impl Container {
             restored: parts.restored,
             terminal: parts.terminal,
             disks: tokio::sync::Mutex::new(parts.disks),
+            merging: Merging::default(),
             bundle: parts.bundle,
             stdio: parts.stdio,
             pid: parts.holder.id().pid,

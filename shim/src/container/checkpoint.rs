@@ -47,6 +47,8 @@ pub(super) struct Taken {
     layer: SnapshotId,
     saved: Saved,
     captured: Vec<File>,
+    /// As long as these have no other names.
+    held: Arc<()>,
     /// For how long the container's processes did not run for it.
     pub(super) stood: Duration,
 }
@@ -70,6 +72,7 @@ impl Container {
         to: Vec<PathBuf>,
         end: bool,
     ) -> Result<(), Error> {
+        self.merge_layers(Layers::are_too_many).await;
         let (turn, taken) = self.stand_and_take(&store, end).await?;
         // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
         let turn = end.then_some(turn);
@@ -83,6 +86,13 @@ impl Container {
         if turn.is_some() && written.is_err() && self.phase() == Phase::Running {
             // It has not come to its end: as if nothing had been asked.
             self.thaw().await?;
+        }
+        if !end {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                this.tidy_layers().await;
+                this.merge_layers(Layers::are_many).await;
+            });
         }
         let id = written?;
         info!(self.log, "checkpoint"; "snapshot" => %id);
@@ -216,7 +226,10 @@ impl Container {
             disks: &[(disks.writable.as_str(), &staged.file)],
         };
         match self.vm.save(&to).await {
-            Ok(saved) => Ok(Taken { draft, state, layer, saved, captured, stood: Duration::ZERO }),
+            Ok(saved) => {
+                let (held, stood) = (self.merging.capture(), Duration::ZERO);
+                Ok(Taken { draft, state, layer, saved, captured, held, stood })
+            }
             // The disk may have been switched before that; the new layer is right either way.
             Err(error @ VmError::Ended { .. }) => Err(error.into()),
             // It may still be switched, who knows when.
@@ -233,7 +246,7 @@ impl Container {
 
     /// Waits until all of it is written, and puts it into the store.
     pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, mut saved, captured, .. } = taken;
+        let Taken { mut draft, mut state, layer, mut saved, captured, held, .. } = taken;
         let volumes = saved.volumes.take();
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
@@ -277,6 +290,7 @@ impl Container {
             }
             let added = captured.iter().map(|file| draft.add_layer(LayerKind::Disk, file, None));
             about.disks.push(Disk { serial: writable, layers: added.collect::<Result<_, _>>()? });
+            drop(held);
             Ok::<_, StoreError>(draft.publish(about)?.id)
         })
         .await

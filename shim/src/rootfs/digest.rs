@@ -166,7 +166,12 @@ mod tests {
 
         fn put(&self, content: &str, changed: Duration) {
             std::fs::write(self.path(), content).unwrap();
-            File::options().write(true).open(self.path()).unwrap().set_modified(UNIX_EPOCH + changed).unwrap();
+            File::options()
+                .write(true)
+                .open(self.path())
+                .unwrap()
+                .set_modified(UNIX_EPOCH + changed)
+                .unwrap();
         }
 
         /// The digest, and whether it had to be computed.
@@ -228,7 +233,8 @@ mod tests {
         cache.put("1", LONG_AGO);
         cache.digest();
         let good = std::fs::read_to_string(cache.note()).unwrap();
-        for bad in ["", "{", &good.replace(":1,", ":2,"), &good.replace("0001", "../x"), &"x".repeat(100_000)] {
+        for bad in ["", "{", &good.replace(":1,", ":2,"), &good.replace("0001", "../x"), &"x".repeat(100_000)]
+        {
             assert_ne!(bad, good);
             std::fs::write(cache.note(), bad).unwrap();
             assert_eq!(cache.digest(), is('1', true), "{bad}");

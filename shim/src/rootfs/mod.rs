@@ -337,7 +337,8 @@ mod tests {
         let layers = writable::layers::Layers::find(dir.path()).unwrap().unwrap();
         let writable = layers.open().unwrap();
         let image = |name| Image::other(file(name));
-        let disks = Disks { lower: vec![image("upper.erofs"), image("chain.erofs")], writable, changes: None, put_back: None };
+        let lower = vec![image("upper.erofs"), image("chain.erofs")];
+        let disks = Disks { lower, writable, changes: None, put_back: None };
         let lower = ["ro0".to_string(), "ro1".to_string()];
         let explain = |said: &str| {
             disks.paths().explain(&lower, "rw0", said).map(|error| error.to_string()).unwrap_or_default()

@@ -82,8 +82,8 @@ async fn follow(
                 fds.into_iter().for_each(|stream| drop(questions.try_send(stream)));
             }
             Ok((Event::DisksSettled { layer_id, result }, _)) => settling.settled(&layer_id, result),
-            // The latter follows a call that nobody here makes.
-            Ok((Event::GuestConnection { .. } | Event::DiskMerged { .. }, _)) => {}
+            Ok((Event::DiskMerged { serial, result }, _)) => settling.settled(&serial, result),
+            Ok((Event::GuestConnection { .. }, _)) => {}
             Ok((Event::Ended(why), _)) => lock(&told).reason = Some(why),
             Err(error) => lock(&told).broken = Some(error),
         }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -53,7 +54,8 @@ pub(crate) struct ImageDisk<'a> {
 
 type Outcome = Result<(), Failure>;
 
-/// Who waits for the disks of a snapshot, by its layer's id.
+/// Who waits for the disks of a snapshot, by its layer's id, or for layers of a disk to be merged, by its serial, which is like no
+/// id.
 #[derive(Clone, Default)]
 pub(super) struct Settling(Arc<Mutex<HashMap<String, oneshot::Sender<Outcome>>>>);
 
@@ -188,6 +190,33 @@ impl Vm {
     pub(crate) fn origin(&self) -> io::Result<Vec<(String, File)>> {
         let origin = self.origin.lock().unwrap_or_else(PoisonError::into_inner);
         origin.iter().map(|(id, file)| Ok((id.clone(), file.try_clone()?))).collect()
+    }
+
+    /// Makes one layer, in this empty file, of those of a writable disk with these numbers, counted from the lowest, 0, while the guest
+    /// goes on. Returns when it has taken their place, durably. When the VMM refuses, the disk is as it was.
+    pub(crate) async fn merge_disk(
+        &self,
+        serial: &str,
+        numbers: RangeInclusive<usize>,
+        file: &File,
+    ) -> Result<(), VmError> {
+        let operation = "merge layers of a disk";
+        let number = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
+        let (first, last) = (number(*numbers.start()), number(*numbers.end()));
+        let mut fds = Attached::default();
+        let call = Call::MergeDisk { serial: serial.into(), first, last, file: fds.add(file) };
+        let merged = self.settling.expect(serial);
+        if let Err(error) = self.call(operation, call, &fds.0).await {
+            self.settling.forget(serial);
+            return Err(error);
+        }
+        // It takes as long as the host's disk does.
+        match merged.await {
+            Ok(outcome) => {
+                outcome.map_err(|failure| VmError::Refused { operation, message: failure.message })
+            }
+            Err(_) => Err(self.ended_error(operation, self.ended().await.cause)),
+        }
     }
 
     /// Saves the VM, with its disks, as it is now. Returns when it goes on. When it refuses, the disks go on in

@@ -62,6 +62,16 @@ pub fn kill_hard(pid: Pid) -> Result<()> {
     kill(pid, Signal::SIGKILL).with_context(|| format!("killing process {pid}"))
 }
 
+/// SIGSTOP; returns when it stands still.
+pub fn halt(pid: Pid) -> Result<()> {
+    kill(pid, Signal::SIGSTOP).with_context(|| format!("stopping process {pid}"))?;
+    let stopped = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        status.lines().any(|line| line.starts_with("State:\tT")).then_some(())
+    };
+    wait::until("the process stands still", APPEAR, stopped)
+}
+
 /// What a process uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Use {

@@ -3,16 +3,17 @@
 //!
 //! `layers.json` beside them lists their names from the bottom up; without it there is the raw file alone. It comes
 //! before anything that a guest writes to a new layer: [`Layers::add`] is durable before the
-//! VMM gets the empty file to go on in. A layer that the list does not name was made by somebody who was killed before that, and is
-//! removed. One that it names and the VMM never switched to has nothing in it, and does no harm: an empty file, or one without a
+//! VMM gets the empty file to go on in. A layer that the list does not name was made by somebody who was killed before that, or has been
+//! merged into another ([`merge`]), and is removed. One that it names and the VMM never switched to has nothing in it, and does no harm: an empty file, or one without a
 //! header, is a layer that has nothing. Without the raw file there is no disk, whatever else is there.
 //!
 //! A captured layer is shared with snapshots by hard link. So a file with several names is never opened for
 //! writing, whatever the list says: the list must have been lost.
 
+mod merge;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::ops::RangeInclusive;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,8 @@ pub(crate) struct Layers {
     dir: PathBuf,
     /// From the bottom up; never empty.
     names: Vec<String>,
+    /// The VMM that has the disk has the same layers.
+    in_step: bool,
 }
 
 /// A writable disk as a VMM wants it.
@@ -85,6 +88,10 @@ fn locked(path: &Path) -> Result<File, RootfsError> {
 }
 
 impl Layers {
+    fn raw(dir: &Path) -> Self {
+        Self { dir: dir.into(), names: vec![DISK.to_owned()], in_step: true }
+    }
+
     /// What the directory holds; `None` when there is no disk.
     pub(in crate::rootfs) fn find(dir: &Path) -> Result<Option<Self>, RootfsError> {
         let path = dir.join(LIST);
@@ -95,7 +102,7 @@ impl Layers {
             }
             _ => {}
         }
-        let raw = Self { dir: dir.into(), names: vec![DISK.to_owned()] };
+        let raw = Self::raw(dir);
         if !raw.top_path().exists() {
             return Ok(None);
         }
@@ -117,7 +124,7 @@ impl Layers {
         if !fits || names.len() > MAX || (0..deltas.len()).any(twice) {
             return Err(damaged(&path, "it lists what cannot be layers of a disk"));
         }
-        Ok(Some(Self { dir: dir.into(), names }))
+        Ok(Some(Self { dir: dir.into(), names, in_step: true }))
     }
 
     /// Makes the disk of a directory that has none of these files, from the bottom up, which nobody is going to write, as those of
@@ -133,7 +140,7 @@ impl Layers {
         // What is left of an attempt whose maker was killed.
         remove(dir)?;
         restoring::begin(dir)?;
-        let mut layers = Self { dir: dir.into(), names: vec![DISK.to_owned()] };
+        let mut layers = Self::raw(dir);
         let mut names = layers.names.clone();
         for delta in deltas {
             let (name, path) = layers.new_name()?;
@@ -243,6 +250,10 @@ impl Layers {
             );
             return Err(RootfsError::Format { path: self.top_path(), detail });
         }
+        self.new_layer()
+    }
+
+    fn new_layer(&self) -> Result<StagedLayer, RootfsError> {
         let (name, path) = self.new_name()?;
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path);
@@ -262,26 +273,13 @@ impl Layers {
     /// in it, with nothing in it, which does no harm.
     pub(crate) fn take_back(&mut self, staged: StagedLayer) -> Result<(), RootfsError> {
         let path = self.dir.join(&staged.name);
+        let in_step = std::mem::replace(&mut self.in_step, false);
         staged.file.set_len(0).map_err(host("empty", &path))?;
         // Whether or not the list that has it was written to its end.
         let names = self.names.iter().filter(|name| **name != staged.name).cloned().collect();
         self.write(names)?;
+        self.in_step = in_step;
         std::fs::remove_file(&path).map_err(host("remove", &path))
-    }
-
-    /// Puts a layer in the place of those of these numbers, counted from 0, of which the VMM has made it: when the VMM
-    /// says that it is done. Their files stay for snapshots that have them; here they are removed.
-    #[allow(dead_code)]
-    pub(crate) fn merged(
-        &mut self,
-        numbers: RangeInclusive<usize>,
-        staged: &StagedLayer,
-    ) -> Result<(), RootfsError> {
-        let mut names = self.names.clone();
-        names.splice(numbers, [staged.name.clone()]);
-        self.write(names)?;
-        self.remove_unlisted();
-        Ok(())
     }
 
     fn write(&mut self, names: Vec<String>) -> Result<(), RootfsError> {

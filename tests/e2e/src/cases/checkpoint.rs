@@ -1,5 +1,7 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
+mod disks;
+
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
@@ -22,6 +24,16 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(1),
     // What is in the store afterwards is counted.
     Case::new("checkpoint::snapshot_command", snapshot_command).spore_only().starts(3).alone(),
+    Case::new("checkpoint::a_killed_restore_leaves_no_disk", disks::a_killed_restore)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(3),
+    Case::new("checkpoint::many_leave_few_layers", disks::many_checkpoints)
+        .spore_only()
+        .alone()
+        .newest_unless_soak()
+        .starts(3),
 ];
 
 /// How long a program may take to show what it does.

@@ -1,3 +1,5 @@
+mod merging;
+
 use super::*;
 
 struct Place(tempfile::TempDir);
@@ -116,21 +118,6 @@ fn a_disk_has_a_largest_number_of_layers() {
 }
 
 #[test]
-fn merged_layers_make_room() {
-    let place = Place::new();
-    let mut disk = place.open().unwrap();
-    for _ in 0..4 {
-        let staged = disk.layers.stage().unwrap();
-        disk.layers.add(&staged).unwrap();
-    }
-    let merged = disk.layers.stage().unwrap();
-    disk.layers.merged(1..=3, &merged).unwrap();
-    drop((disk, merged));
-    assert_eq!(place.open().unwrap().below.len(), 2);
-    assert_eq!(place.count(), 4, "the raw file, the merged one, the top, the list");
-}
-
-#[test]
 fn a_removed_disk_leaves_nothing() {
     let place = Place::new();
     let mut disk = place.open().unwrap();
@@ -195,6 +182,7 @@ fn a_disk_is_put_back_to_a_snapshot_of_it_when_that_is_committed() {
     let files = captured(&from);
     let there = || Layers::find(to.path()).unwrap().unwrap();
     let mut disk = Layers::adopt(to.path(), &files).unwrap().open().unwrap();
+    disk.layers.keep().unwrap();
     // Two more snapshots.
     for _ in 0..2 {
         let staged = disk.layers.stage().unwrap();
@@ -229,7 +217,7 @@ fn a_disk_is_put_back_to_a_snapshot_of_it_when_that_is_committed() {
 fn a_disk_is_not_put_back_to_a_snapshot_of_another() {
     let (from, to) = (Place::new(), tempfile::tempdir().unwrap());
     let mut files = captured(&from);
-    drop(Layers::adopt(to.path(), &files).unwrap());
+    Layers::adopt(to.path(), &files).unwrap().keep().unwrap();
     let refused =
         |files: &[File]| Layers::find(to.path()).unwrap().unwrap().put_back(files).unwrap().is_none();
     std::fs::write(from.path("other"), "x").unwrap();
