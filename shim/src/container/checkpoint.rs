@@ -72,7 +72,6 @@ impl Container {
         to: Vec<PathBuf>,
         end: bool,
     ) -> Result<(), Error> {
-        self.merge_layers(Layers::are_too_many).await;
         let (turn, taken) = self.stand_and_take(&store, end).await?;
         // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
         let turn = end.then_some(turn);
@@ -88,11 +87,7 @@ impl Container {
             self.thaw().await?;
         }
         if !end {
-            let this = Arc::clone(self);
-            tokio::spawn(async move {
-                this.tidy_layers().await;
-                this.merge_layers(Layers::are_many).await;
-            });
+            tokio::spawn(Arc::clone(self).look_after_layers());
         }
         let id = written?;
         info!(self.log, "checkpoint"; "snapshot" => %id);
@@ -121,6 +116,7 @@ impl Container {
         store: &Store,
         end: bool,
     ) -> Result<(tokio::sync::MutexGuard<'_, ()>, Taken), Error> {
+        self.merge_layers(Layers::are_too_many).await;
         // Before `turn`: nobody else takes both.
         let mut disks = self.disks.lock().await;
         Self::check(self.phase())?;

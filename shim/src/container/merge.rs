@@ -81,8 +81,14 @@ impl Container {
         Ok(true)
     }
 
+    /// After each snapshot.
+    pub(super) async fn look_after_layers(self: Arc<Self>) {
+        self.tidy_layers().await;
+        self.merge_layers(Layers::are_many).await;
+    }
+
     /// Removes the files of layers that were merged, as soon as no checkpoint needs them by these names.
-    pub(super) async fn tidy_layers(&self) {
+    async fn tidy_layers(&self) {
         let disks = self.disks.lock().await;
         if self.merging.may_tidy() {
             let layers = disks.layers.clone();

@@ -32,7 +32,9 @@ impl Container {
         let (id, stood, times) = (taken.id(), taken.stood, taken.times());
         let this = Arc::clone(self);
         let writing = tokio::spawn(async move {
-            match this.finish(taken, Purpose::Snapshot).await {
+            let finished = this.finish(taken, Purpose::Snapshot).await;
+            tokio::spawn(Arc::clone(&this).look_after_layers());
+            match finished {
                 Ok(_) => {
                     info!(this.log, "snapshot"; "snapshot" => %id);
                     Ok(())

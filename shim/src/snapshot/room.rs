@@ -26,7 +26,8 @@ pub struct Policy {
 
 impl Policy {
     /// What may come into a store whose operator says nothing: it leaves so much room on the host's disk.
-    pub const ADMITTED: Self = Self { quota: None, max_age: None, reserve: 512 << 20, only: None, most: None };
+    pub const ADMITTED: Self =
+        Self { quota: None, max_age: None, reserve: 512 << 20, only: None, most: None };
 }
 
 /// Storage that a snapshot's files take, in bytes.

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::{DISK, host, publish, restoring};
 use crate::rootfs::RootfsError;
 use crate::rootfs::temporary::Temporary;
-use crate::snapshot::{SnapshotId, share, digest};
+use crate::snapshot::{SnapshotId, digest, share};
 
 pub(in crate::rootfs) const LIST: &str = "layers.json";
 const VERSION: u32 = 1;
@@ -181,10 +181,11 @@ impl Layers {
         }
         self.remove_unlisted();
         let mut names = self.names[..files.len()].to_vec();
-        let StagedLayer { file: top, name } = Self { dir: self.dir.clone(), names: names.clone() }.stage()?;
-        let staged = Some(self.dir.join(&name));
+        let mut layers = Self { names: names.clone(), ..self };
+        let StagedLayer { file: top, name } = layers.stage()?;
+        let staged = Some(layers.dir.join(&name));
         names.push(name);
-        let layers = Self { dir: self.dir, names };
+        layers.names = names;
         let put_back = PutBack { layers: layers.clone(), staged, _current: current };
         Ok(Some((WritableDisk { top, below, layers }, put_back)))
     }
