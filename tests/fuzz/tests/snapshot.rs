@@ -55,7 +55,7 @@ fn places(value: &Value, at: &str, found: &mut Vec<String>) {
 fn sample() -> &'static Sample {
     static SAMPLE: OnceLock<Sample> = OnceLock::new();
     SAMPLE.get_or_init(|| {
-        let mut vm = Setup::new("shell").boot();
+        let mut vm = Setup::new("shell").filesystem("volumes").boot();
         assert!(vm.run("disks").contains("ok disks"));
         let saved = vm.snapshot("a", &[]);
         let mut bytes = vec![0; usize::try_from(saved.state.metadata().unwrap().len()).unwrap()];
