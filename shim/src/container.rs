@@ -1,5 +1,5 @@
 //! One container of the sandbox: its life from created to deleted, and the order of its
-//! events. `turn` is the one lock (beside `disks`, which checkpoints take before it); whoever publishes an event of the container holds it,
+//! events. `turn` is the one lock (beside `disks`, which checkpoints take before it, and nobody who has it); whoever publishes an event of the container holds it,
 //! so that TaskStart precedes TaskExit precedes TaskDelete. It is held across calls to the
 //! guest, so what must not wait for a guest (State) reads `phase` without it.
 

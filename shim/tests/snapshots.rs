@@ -8,13 +8,16 @@ mod support;
 use std::fs::{File, OpenOptions};
 use std::time::Instant;
 
-use containerd_shim_protos::api::ShutdownRequest;
+use containerd_shim_protos::api::{CheckpointTaskRequest, ShutdownRequest};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_spore::api::v1::snapshots::create_request::Wait;
 use containerd_shim_spore::api::v1::snapshots::{CreateRequest, CreateResponse};
 use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
 use containerd_shim_spore::snapshot::manifest::Purpose;
 use containerd_shim_spore::snapshot::{SnapshotId, Store};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 use ttrpc::r#async::Client;
 
@@ -143,6 +146,42 @@ async fn a_snapshot_is_answered_when_the_container_goes_on_or_when_it_is_durable
     let (status, message) = code(scene.create(Wait::RESUMED).await);
     assert_eq!(status, Code::FAILED_PRECONDITION);
     assert!(message.contains("cannot take a snapshot of a stopped container"), "{message}");
+    scene.delete().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_is_asked_for_while_a_checkpoint_ends_the_container_is_refused_then() {
+    let scene = Scene::new("ending", "").await;
+    scene.run().await;
+    let gate = scene.host.path(support::GATE_FIFO);
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let exit = CheckpointOptions { exit: true, ..Default::default() };
+    let options = Any {
+        type_url: "containerd.runc.v1.CheckpointOptions".into(),
+        value: exit.write_to_bytes().unwrap(),
+        ..Default::default()
+    };
+    let request = CheckpointTaskRequest {
+        id: scene.host.id.clone(),
+        path: scene.host.path("checkpoint").display().to_string(),
+        options: Some(options).into(),
+        ..Default::default()
+    };
+    let second = async {
+        until("the checkpoint is being written", || scene.names() == 1).await;
+        scene.create(Wait::DURABLE).await
+    };
+    let go = async {
+        // The second one is as far as it can come.
+        until("both have begun", || scene.names() == 2).await;
+        scene.open_gate().await;
+    };
+    let all = async { tokio::join!(scene.task.checkpoint(ctx(), &request), second, go) };
+    let (checkpoint, second, ()) =
+        tokio::time::timeout(DEADLINE, all).await.expect("they wait for each other");
+    checkpoint.unwrap();
+    assert_eq!(code(second).0, Code::FAILED_PRECONDITION);
+    scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap();
     scene.delete().await;
 }
 

@@ -14,7 +14,7 @@ use super::{Container, Phase, with_vm};
 use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
 use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
-use crate::snapshot::manifest::{Disk, LayerKind, MAX_STATE, Purpose, Volumes};
+use crate::snapshot::manifest::{Disk, LayerKind, Purpose, Volumes};
 use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError, digest};
 use crate::vm::{Destination, Saved, SnapshotTimes, VmError};
 use crate::volumes::SavedVolumes;
@@ -34,6 +34,8 @@ struct Prepared {
     state: File,
     memory: File,
     layer: SnapshotId,
+    /// Read-only disks by serial.
+    lower: Vec<(String, Image)>,
     /// The writable disk as it is going to be captured, from the bottom up.
     captured: Vec<File>,
     /// What it goes on in.
@@ -46,6 +48,9 @@ pub(super) struct Taken {
     state: File,
     layer: SnapshotId,
     saved: Saved,
+    lower: Vec<(String, Image)>,
+    /// The writable disk's serial.
+    writable: String,
     captured: Vec<File>,
     /// As long as these have no other names.
     held: Arc<()>,
@@ -117,10 +122,10 @@ impl Container {
         end: bool,
     ) -> Result<(tokio::sync::MutexGuard<'_, ()>, Taken), Error> {
         self.merge_layers(Layers::are_too_many).await;
-        // Before `turn`: nobody else takes both.
+        // Before `turn`: who has that waits for no disk.
         let mut disks = self.disks.lock().await;
         Self::check(self.phase())?;
-        let prepared = self.prepare(store, &mut disks.layers).await?;
+        let prepared = self.prepare(store, &mut disks).await?;
         let turn = self.turn.lock().await;
         let (phase, begun) = (self.phase(), Instant::now());
         let frozen = match Self::check(phase) {
@@ -170,7 +175,10 @@ impl Container {
     }
 
     /// All that has to do with files.
-    async fn prepare(&self, store: &Store, layers: &mut Layers) -> Result<Prepared, Error> {
+    async fn prepare(&self, store: &Store, disks: &mut HeldDisks) -> Result<Prepared, Error> {
+        let lower = disks.lower.iter().map(|(serial, image)| Ok((serial.clone(), image.try_clone()?)));
+        let lower =
+            lower.collect::<std::io::Result<_>>().map_err(StoreError::own("open", "an image again"))?;
         let (store, machine) = (store.clone(), self.vm.machine().clone());
         let begun = blocking(move || {
             admit(&store, &machine)?;
@@ -182,7 +190,7 @@ impl Container {
         });
         let (draft, memory, layer, state) = begun.await?;
         let layer = layer.ok_or_else(|| Error::Invalid("a snapshot without a memory layer".into()))?;
-        let (mut own, log) = (layers.clone(), self.log.clone());
+        let (mut own, log) = (disks.layers.clone(), self.log.clone());
         let (captured, staged, own) = blocking(move || {
             let captured = own.files()?;
             let staged = own.stage()?;
@@ -195,8 +203,8 @@ impl Container {
             }
         })
         .await?;
-        *layers = own;
-        Ok(Prepared { draft, state, memory, layer, captured, staged })
+        disks.layers = own;
+        Ok(Prepared { draft, state, memory, layer, lower, captured, staged })
     }
 
     /// The VMM has not switched to it.
@@ -213,7 +221,7 @@ impl Container {
 
     /// Saves the VM with its disks.
     async fn take(&self, prepared: Prepared, disks: &mut HeldDisks) -> Result<Taken, Error> {
-        let Prepared { draft, state, memory, layer, captured, staged } = prepared;
+        let Prepared { draft, state, memory, layer, lower, captured, staged } = prepared;
         let name = layer.to_string();
         let to = Destination {
             state: &state,
@@ -224,7 +232,8 @@ impl Container {
         match self.vm.save(&to).await {
             Ok(saved) => {
                 let (held, stood) = (self.merging.capture(), Duration::ZERO);
-                Ok(Taken { draft, state, layer, saved, captured, held, stood })
+                let writable = disks.writable.clone();
+                Ok(Taken { draft, state, layer, saved, lower, writable, captured, held, stood })
             }
             // The disk may have been switched before that; the new layer is right either way.
             Err(error @ VmError::Ended { .. }) => Err(error.into()),
@@ -240,9 +249,9 @@ impl Container {
         }
     }
 
-    /// Waits until all of it is written, and puts it into the store.
+    /// Waits until all of it is written, and puts it into the store. Its caller may have `turn`.
     pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, mut saved, captured, held, .. } = taken;
+        let Taken { mut draft, mut state, layer, mut saved, lower, writable, captured, held, .. } = taken;
         let volumes = saved.volumes.take();
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
@@ -254,14 +263,6 @@ impl Container {
             let message = format!("it needs the memory layer {missing}, which the VM was not restored from");
             return Err(VmError::Refused { operation: "write a snapshot", message }.into());
         }
-        let mut images = Vec::new();
-        let writable = {
-            let disks = self.disks.lock().await;
-            for (serial, image) in &disks.lower {
-                images.push((serial.clone(), image.try_clone().map_err(host("look at a disk"))?));
-            }
-            disks.writable.clone()
-        };
         let mut about = self.about(purpose);
         blocking(move || {
             let mut bytes = Vec::new();
@@ -279,7 +280,7 @@ impl Container {
                 let id = id.parse().map_err(|source| StoreError::Manifest { id: layer, source })?;
                 draft.link_layer(id, LayerKind::Memory, file)?;
             }
-            for (serial, image) in images {
+            for (serial, image) in lower {
                 let digest = image.digest(digest).map_err(StoreError::own("read", "an image"))?;
                 let added = draft.add_layer(LayerKind::Disk, image.file(), Some(digest))?;
                 about.disks.push(Disk { serial, layers: vec![added] });
@@ -313,8 +314,7 @@ impl Container {
 fn content(mut file: File) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.rewind()?;
-    // What is longer is refused by the manifest's check.
-    file.take(MAX_STATE + 1).read_to_end(&mut bytes)?;
+    file.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

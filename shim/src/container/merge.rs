@@ -89,15 +89,16 @@ impl Container {
 
     /// Removes the files of layers that were merged, as soon as no checkpoint needs them by these names.
     async fn tidy_layers(&self) {
-        let disks = self.disks.lock().await;
+        let mut disks = self.disks.lock().await;
         if self.merging.may_tidy() {
-            let layers = disks.layers.clone();
+            let mut layers = disks.layers.clone();
             let tidied = blocking(move || {
                 layers.tidy();
-                Ok::<_, Error>(())
+                Ok::<_, Error>(layers)
             });
-            // What is left is removed when the disk is opened the next time.
-            let _ = tidied.await;
+            if let Ok(layers) = tidied.await {
+                disks.layers = layers;
+            }
         }
     }
 }

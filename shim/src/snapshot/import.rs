@@ -20,6 +20,7 @@ use super::opened::same;
 use super::pack::{PackError, unpack};
 use super::store::file_in;
 use super::{Draft, Policy, Store, sparse};
+use crate::protocol::MAX_TABLES;
 
 /// Most bytes of an entry's PAX records.
 const MAX_RECORDS: u64 = 64 * 1024;
@@ -89,10 +90,11 @@ impl<'a> Receiver<'a> {
         self.store.admit(&self.policy, size)?;
         match name {
             FILE => return self.take_manifest(size, input),
-            STATE | VOLUMES if size > MAX_STATE => {
-                return Err(refused(name, format!("{size} bytes; at most {MAX_STATE} are allowed")));
-            }
             STATE | VOLUMES => {
+                let most = if name == STATE { MAX_STATE } else { MAX_TABLES };
+                if size > most {
+                    return Err(refused(name, format!("{size} bytes; at most {most} are allowed")));
+                }
                 self.draft.write(name, &bytes(input, size)?)?;
             }
             _ => {
@@ -132,7 +134,11 @@ impl<'a> Receiver<'a> {
             Ok(there) if there.manifest == *manifest => Ok(Some(id)),
             Ok(_) => Err(StoreError::Exists { id }.into()),
             Err(StoreError::NoSuch { .. }) => Ok(None),
-            Err(error) if error.is_damage() => Ok(None),
+            // As far as it can be told, it was the same.
+            Err(error) if error.is_damage() => match self.store.entry(id) {
+                Ok(entry) if entry.manifest != *manifest => Err(StoreError::Exists { id }.into()),
+                _ => Ok(None),
+            },
             Err(error) => Err(error.into()),
         }
     }

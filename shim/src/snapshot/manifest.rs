@@ -29,7 +29,7 @@ const FORMAT: &str = "spore-snapshot";
 pub const VERSION: u32 = 2;
 /// Most bytes of the file.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
-/// Most bytes of `state.bin`, and of `volumes.json`.
+/// Most bytes of `state.bin`.
 pub const MAX_STATE: u64 = 256 << 20;
 /// Most extents of guest memory: each costs a restore one mmap(2).
 pub const MAX_EXTENTS: usize = 16 * 1024;

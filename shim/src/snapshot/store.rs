@@ -119,7 +119,7 @@ impl Store {
         Ok(listing)
     }
 
-    fn entry(&self, id: SnapshotId) -> Result<Entry, StoreError> {
+    pub(super) fn entry(&self, id: SnapshotId) -> Result<Entry, StoreError> {
         let dir = self.directory(id)?;
         let metadata = dir.metadata().map_err(host("look at", &self.path(id)))?;
         let arrived = metadata.modified().map_err(host("look at", &self.path(id)))?;
@@ -190,8 +190,11 @@ impl Store {
             .filter(|entry| entry.manifest.name.as_deref() == Some(wanted))
             .map(|entry| entry.manifest.id)
             .collect();
-        if meant.is_empty() && wanted.len() >= MIN_PREFIX {
-            meant = ids.into_iter().filter(|id| id.to_string().starts_with(wanted)).collect();
+        // A name, which an archive brings with it, does not outrank an id.
+        if wanted.len() >= MIN_PREFIX {
+            meant.extend(ids.into_iter().filter(|id| id.to_string().starts_with(wanted)));
+            meant.sort();
+            meant.dedup();
         }
         match meant[..] {
             [id] => Ok(id),

@@ -227,6 +227,10 @@ fn snapshots_are_found_by_id_by_its_beginning_and_by_name() {
     assert!(matches!(place.store.find("../x"), Err(StoreError::NoSuch { .. })));
     place.store.remove(again).unwrap();
     assert_eq!(place.store.find("b").unwrap(), b);
+    // Somebody else's archive brings its name with it.
+    let stranger = make(&place.store, &id[..12], &disk).unwrap().id;
+    assert!(matches!(place.store.find(&id[..12]), Err(StoreError::Ambiguous { count: 2, .. })), "{stranger}");
+    assert_eq!(place.store.find(&id).unwrap(), a);
 }
 
 #[test]

@@ -225,20 +225,25 @@ impl Vm {
         let Some(server) = self.file_server() else { return self.snapshot(to).await };
         // The container's being frozen is not enough: the guest's kernel goes on closing and forgetting files. Of a
         // paused VM no request is at the server, so its tables are of the memory's instant.
+        let paused = Instant::now();
         self.call("pause", Call::Pause, &[]).await?;
-        let taken = async {
+        let mut taken = async {
             let begun = Instant::now();
             let tables = tables(server).await?;
             let tables_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
             let saved = self.snapshot(to).await?;
             info!(self.log, "the file server's tables are saved"; "paused_us" => tables_us);
             Ok(Saved { volumes: Some(tables), ..saved })
-        };
-        let taken = taken.await;
+        }
+        .await;
         if let Err(error) = self.resume().await {
             // It can neither go on nor be what it was.
             self.kill().await;
             return Err(error);
+        }
+        if let Ok(saved) = &mut taken {
+            // The VMM knows only of its own part of it.
+            saved.times.pause_ns = u64::try_from(paused.elapsed().as_nanos()).unwrap_or(u64::MAX);
         }
         taken
     }

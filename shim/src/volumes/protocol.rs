@@ -12,6 +12,9 @@ pub const MAX_PACKET: usize = 16 * 1024;
 /// Most descriptors of one packet.
 pub const MAX_FDS: usize = 16;
 
+/// Most bytes of saved tables: most of a million files.
+pub const MAX_TABLES: u64 = 256 << 20;
+
 /// What the shim asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

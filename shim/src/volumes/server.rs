@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::socket::{
@@ -33,6 +34,8 @@ pub(crate) struct FileServer {
     child: Child,
     id: ProcessId,
     control: OwnedFd,
+    /// It has not answered a call, so the next answer would be that one's.
+    stuck: AtomicBool,
     /// What it serves, by number.
     exports: Vec<Export>,
 }
@@ -100,7 +103,7 @@ impl FileServer {
             .stderr(Stdio::from(log))
             .spawn()?;
         match ProcessId::of(child.id()) {
-            Ok(id) => Ok(Self { path: path.into(), child, id, control, exports }),
+            Ok(id) => Ok(Self { path: path.into(), child, id, control, stuck: false.into(), exports }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -125,8 +128,13 @@ impl FileServer {
     }
 
     fn call(&self, operation: &'static str, call: &Call, fds: &[RawFd]) -> Result<(), VolumeError> {
-        let answer = self.exchange(call, fds).map_err(|error| self.error(operation, error))?;
-        answer.map_err(VolumeError::Refused)
+        if self.stuck.load(Ordering::Acquire) {
+            let error = io::Error::other("it has not answered before; the container has to be started anew");
+            return Err(self.error(operation, error));
+        }
+        let exchanged = self.exchange(call, fds);
+        self.stuck.store(exchanged.is_err(), Ordering::Release);
+        exchanged.map_err(|error| self.error(operation, error))?.map_err(VolumeError::Refused)
     }
 
     fn exchange(&self, call: &Call, fds: &[RawFd]) -> io::Result<Answer> {

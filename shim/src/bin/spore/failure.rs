@@ -27,9 +27,9 @@ pub(crate) enum Failure {
     #[error("{operation} {path}: {source}")]
     Host { operation: &'static str, path: String, source: io::Error },
     /// Worded by the snapshot store, which names object, operation and cause.
-    #[error(transparent)]
+    #[error("{}", clean(&.0.to_string()))]
     Snapshot(#[from] StoreError),
-    #[error(transparent)]
+    #[error("{}", clean(&.0.to_string()))]
     Import(#[from] ImportError),
     #[error("standard output: {0}")]
     Output(io::Error),
@@ -109,6 +109,13 @@ pub(crate) fn no_containerd(address: &str, error: &dyn std::error::Error) -> Fai
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_an_archive_makes_the_store_say_drives_no_terminal() {
+        let hostile = ImportError::Entry { name: "x\x1b]0;y\x07".into(), detail: "\x1b[2J".into() };
+        let said = Failure::from(hostile).to_string();
+        assert!(said.ends_with(": [2J") && !said.contains(char::is_control), "{said:?}");
+    }
 
     #[test]
     fn a_shims_words_are_cleaned_and_name_the_container() {

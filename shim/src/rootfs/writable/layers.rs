@@ -48,6 +48,8 @@ pub(crate) struct Layers {
     names: Vec<String>,
     /// The VMM that has the disk has the same layers.
     in_step: bool,
+    /// Files of layers that have been merged, which may still be there.
+    replaced: Vec<String>,
 }
 
 /// A writable disk as a VMM wants it.
@@ -89,7 +91,7 @@ fn locked(path: &Path) -> Result<File, RootfsError> {
 
 impl Layers {
     fn raw(dir: &Path) -> Self {
-        Self { dir: dir.into(), names: vec![DISK.to_owned()], in_step: true }
+        Self { dir: dir.into(), names: vec![DISK.to_owned()], in_step: true, replaced: Vec::new() }
     }
 
     /// What the directory holds; `None` when there is no disk.
@@ -124,7 +126,7 @@ impl Layers {
         if !fits || names.len() > MAX || (0..deltas.len()).any(twice) {
             return Err(damaged(&path, "it lists what cannot be layers of a disk"));
         }
-        Ok(Some(Self { dir: dir.into(), names, in_step: true }))
+        Ok(Some(Self { dir: dir.into(), names, in_step: true, replaced: Vec::new() }))
     }
 
     /// Makes the disk of a directory that has none of these files, from the bottom up, which nobody is going to write, as those of

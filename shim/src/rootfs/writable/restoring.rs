@@ -33,9 +33,14 @@ pub(super) fn discard(dir: &Path) -> Result<(), RootfsError> {
         return Ok(());
     }
     match lock_existing(dir) {
-        Err(error @ RootfsError::InUse { .. }) => Err(error),
-        // Whatever else is wrong with it.
-        _unused => layers::remove(dir),
+        Ok(_unused) => layers::remove(dir),
+        // A damaged one is no better than none.
+        Err(RootfsError::BadLayer { .. }) => layers::remove(dir),
+        Err(RootfsError::Host { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            layers::remove(dir)
+        }
+        // It may be somebody's.
+        Err(error) => Err(error),
     }
 }
 

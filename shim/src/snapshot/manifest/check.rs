@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use super::{
     Builds, File, Layer, LayerKind, MAX_EXTENTS, MAX_STATE, Manifest, ManifestError, Memory, clip, field,
 };
+use crate::protocol::MAX_TABLES;
 
 /// Most layers of a snapshot, of memory and disks together.
 const MAX_LAYERS: usize = 1024;
@@ -35,7 +36,7 @@ impl Manifest {
         self.check_texts()?;
         check_file("state", &self.state, MAX_STATE)?;
         if let Some(volumes) = &self.volumes {
-            check_file("the tables of volumes", &volumes.tables, MAX_STATE)?;
+            check_file("the tables of volumes", &volumes.tables, MAX_TABLES)?;
         }
         let mut seen = HashSet::new();
         for layer in &self.layers {

@@ -13,14 +13,14 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat2, readlinkat};
 use serde::{Deserialize, Serialize};
 
+use containerd_shim_spore::protocol::MAX_TABLES;
+
 use super::directories;
 use super::handles::{self, Handle};
 use super::inodes::{Device, Inode, ROOT, Saved, status};
 use super::{Tree, errno};
 
 const VERSION: u32 = 1;
-/// Longest saved state: some millions of files.
-const MAX_STATE: u64 = 1 << 30;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,9 +78,31 @@ pub(crate) fn save(tree: &Tree, file: File) -> io::Result<()> {
         last_file,
         last_handle,
     };
-    let mut writer = BufWriter::new(file);
+    let mut writer = BufWriter::new(Capped { file, left: MAX_TABLES });
     serde_json::to_writer(&mut writer, &state)?;
     writer.flush()
+}
+
+/// A file that does not grow beyond what a restore takes: how many files a guest knows is up to the guest.
+struct Capped {
+    file: File,
+    left: u64,
+}
+
+impl Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let too_many = || {
+            let detail = format!("the guest knows more files than {MAX_TABLES} bytes can say");
+            io::Error::new(io::ErrorKind::FileTooLarge, detail)
+        };
+        self.left = self.left.checked_sub(bytes.len() as u64).ok_or_else(too_many)?;
+        self.file.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// A file's path below its export, if that path leads to it.
@@ -107,10 +129,10 @@ fn below_export(root: &Inode, path: &[u8]) -> io::Result<OwnedFd> {
 pub(crate) fn restore(tree: &Tree, file: File) -> io::Result<()> {
     let invalid = |detail: String| io::Error::new(io::ErrorKind::InvalidData, detail);
     let length = file.metadata()?.len();
-    if length > MAX_STATE {
-        return Err(invalid(format!("{length} bytes; at most {MAX_STATE} are allowed")));
+    if length > MAX_TABLES {
+        return Err(invalid(format!("{length} bytes; at most {MAX_TABLES} are allowed")));
     }
-    let state: StateV1 = serde_json::from_reader(BufReader::new(file.take(MAX_STATE)))?;
+    let state: StateV1 = serde_json::from_reader(BufReader::new(file.take(MAX_TABLES)))?;
     if state.version != VERSION {
         return Err(invalid(format!("version {}; this server knows {VERSION}", state.version)));
     }

@@ -44,9 +44,16 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let call = client.create(Context::default(), &request);
     tokio::pin!(call);
     let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(interrupted);
     let answer = loop {
         tokio::select! {
             answer = &mut call => break answer,
+            _ = &mut interrupted => {
+                progress.finish();
+                eprintln!("spore: warning: the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there");
+                return Err(Failure::Interrupted);
+            }
             _ = ticks.tick() => progress.now(0, &format!("writing the snapshot of {container}")),
         }
     };

@@ -1,5 +1,6 @@
 //! `spore snapshot ls`.
 
+use containerd_shim_spore::clean;
 use containerd_shim_spore::snapshot::{Entry, Size, SnapshotId, StoreError};
 use indicatif::BinaryBytes;
 use serde_json::{Value, json};
@@ -28,7 +29,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     }
     show::table(&table)?;
     for (_, _, error) in &broken {
-        eprintln!("spore: warning: {error}");
+        eprintln!("spore: warning: {}", clean(&error.to_string()));
     }
     Ok(())
 }

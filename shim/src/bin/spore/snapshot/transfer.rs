@@ -79,7 +79,7 @@ pub(super) async fn run<T: Send + 'static>(
             done = &mut working => break done,
             _ = &mut interrupted => {
                 meter.stopped.store(true, Ordering::Relaxed);
-                // A read from a terminal or a pipe may go on for ever; it has begun nothing then.
+                // A read from a terminal or a pipe may go on for ever; what an import has begun then the store sweeps up.
                 let _ = tokio::time::timeout(UNDOING, working).await;
                 progress.finish();
                 return Err(Failure::Interrupted);

@@ -77,10 +77,13 @@ impl Layers {
     /// stay until [`Self::tidy`].
     pub(crate) fn merged(&mut self, merge: &Merge) -> Result<(), RootfsError> {
         let mut names = self.names.clone();
-        names.splice(merge.numbers.clone(), [merge.staged.name.clone()]);
+        let replaced: Vec<_> = names.splice(merge.numbers.clone(), [merge.staged.name.clone()]).collect();
         let written = self.write(names);
         // Otherwise the disk is right as the list has it, but numbers mean other layers to the VMM.
         self.in_step = written.is_ok();
+        if self.in_step {
+            self.replaced.extend(replaced);
+        }
         written
     }
 
@@ -95,11 +98,11 @@ impl Layers {
         }
     }
 
-    /// Removes the files of layers that have been merged, if the list is as it should be. Snapshots have them by names of their
-    /// own.
-    pub(crate) fn tidy(&self) {
-        if Self::find(&self.dir).is_ok_and(|there| there.is_some_and(|there| there.names == self.names)) {
-            self.remove_unlisted();
+    /// Removes the files of layers that have been merged, and no others. Snapshots have them by names of their own; one that
+    /// cannot be removed goes when the disk is opened the next time.
+    pub(crate) fn tidy(&mut self) {
+        for name in self.replaced.drain(..) {
+            let _ = std::fs::remove_file(self.dir.join(name));
         }
     }
 }
