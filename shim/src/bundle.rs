@@ -1,6 +1,8 @@
 //! The OCI bundle: reads and checks `config.json`, takes from it what the host side
 //! needs, and makes the copy that the guest gets (without host paths and host hooks).
 
+mod devices;
+
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +11,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::Value;
 use spore_agent_api::MOUNT_TYPES;
 
-use crate::config::{Limits, cpuset_count};
+use crate::config::{LEAST_MEMORY, Limits, cpuset_count};
 use crate::hooks::{Hooks, Told};
 use crate::volumes::{self, Volume};
 
@@ -100,6 +102,9 @@ impl Bundle {
         let network = network(&path, &spec)?;
         let volumes = volumes_among(&path, bundle, &spec)?;
         let hooks = host_hooks(&path, &spec)?;
+        let limits = limits(&spec);
+        check_memory(&path, &limits)?;
+        devices::check(&path, &spec)?;
         let root =
             spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
         let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
@@ -108,7 +113,7 @@ impl Bundle {
             path: bundle.into(),
             guest_spec: serde_json::to_vec(&value).map_err(malformed)?,
             annotations: spec.annotations().clone().unwrap_or_default(),
-            limits: limits(&spec),
+            limits,
             network,
             user_namespace: has_namespace(&spec, LinuxNamespaceType::User),
             root,
@@ -221,8 +226,19 @@ fn limits(spec: &Spec) -> Limits {
     }
 }
 
+fn check_memory(path: &Path, limits: &Limits) -> Result<(), BundleError> {
+    match limits.memory {
+        Some(limit) if limit < LEAST_MEMORY => Err(BundleError::Invalid {
+            path: path.into(),
+            what: format!("linux.resources.memory.limit is {limit} bytes"),
+            mend: format!("at least {LEAST_MEMORY} are needed").into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Takes out what means something on the host only: the path of the network namespace
-/// (the holder has joined it), the root's path (the disks replace it) and the sources of bind
+/// (the holder has joined it), the root's path (the disks replace it), the host's devices and the sources of bind
 /// mounts (the guest knows them by number).
 fn make_guests_own(spec: &mut Value) {
     let Some(object) = spec.as_object_mut() else { return };
@@ -243,7 +259,9 @@ fn make_guests_own(spec: &mut Value) {
         mount.insert("type".into(), "bind".into());
         mount.insert("source".into(), volumes::guest_path(number).into());
     }
-    let namespaces = object.get_mut("linux").and_then(|linux| linux.get_mut("namespaces"));
+    let Some(linux) = object.get_mut("linux") else { return };
+    devices::keep_guests(linux);
+    let namespaces = linux.get_mut("namespaces");
     for namespace in namespaces.and_then(Value::as_array_mut).into_iter().flatten() {
         if let Some(namespace) = namespace.as_object_mut() {
             namespace.remove("path");
@@ -267,7 +285,7 @@ mod tests {
             "annotations": { "io.spore.vcpus": "2" },
             "unknownToUs": { "kept": true },
             "linux": {
-                "resources": { "cpu": { "quota": 50000, "period": 100000, "cpus": "0-1" }, "memory": { "limit": 1048576 } },
+                "resources": { "cpu": { "quota": 50000, "period": 100000, "cpus": "0-1" }, "memory": { "limit": 8388608 } },
                 "namespaces": [{ "type": "pid" }, { "type": "network", "path": "/var/run/netns/x" }]
             }
         })
@@ -283,7 +301,7 @@ mod tests {
         assert_eq!(bundle.network, NetworkNamespace::Path("/var/run/netns/x".into()));
         assert_eq!(bundle.root, Path::new("/some/rootfs"));
         assert_eq!(bundle.limits.quota, Some((50_000, 100_000)));
-        assert_eq!((bundle.limits.cpus, bundle.limits.memory), (Some(2), Some(1_048_576)));
+        assert_eq!((bundle.limits.cpus, bundle.limits.memory), (Some(2), Some(8_388_608)));
         assert_eq!(bundle.annotations["io.spore.vcpus"], "2");
         let guest: Value = serde_json::from_slice(&bundle.guest_spec).unwrap();
         assert_eq!(guest["linux"]["namespaces"][1], json!({ "type": "network" }));
@@ -330,6 +348,32 @@ mod tests {
     }
 
     #[test]
+    fn a_device_of_the_host_is_refused_and_a_privileged_container_has_the_guests() {
+        let device = |path: &str, kind: &str, major: u32, minor: u32| json!({ "path": path, "type": kind, "major": major, "minor": minor });
+        let fuse = device("/dev/fuse", "c", 10, 229);
+        let mut spec = spec();
+        spec["linux"]["devices"] = json!([fuse, device("/dev/sda", "b", 8, 0)]);
+        let refused = parse(&spec).unwrap_err().to_string();
+        assert!(refused.contains("/dev/sda (b 8:0) is the host's"), "{refused}");
+        spec["linux"]["resources"]["devices"] =
+            json!([{ "allow": false, "access": "rwm" }, { "allow": true, "access": "rwm" }]);
+        let guest: Value = serde_json::from_slice(&parse(&spec).unwrap().guest_spec).unwrap();
+        assert_eq!(guest["linux"]["devices"], json!([fuse]));
+        // A disk is allowed by its number only: the client means the host's.
+        spec["linux"]["resources"]["devices"] =
+            json!([{ "allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm" }]);
+        parse(&spec).unwrap_err();
+        for (kind, major, minor) in [("c", 10, 57), ("c", 226, 0), ("b", 254, 0)] {
+            spec["linux"]["devices"] = json!([device("/dev/x", kind, major, minor)]);
+            parse(&spec).unwrap_err();
+        }
+        for (kind, major, minor) in [("c", 1, 3), ("u", 5, 2), ("p", 0, 0), ("c", 10, 200)] {
+            spec["linux"]["devices"] = json!([device("/dev/x", kind, major, minor)]);
+            parse(&spec).unwrap();
+        }
+    }
+
+    #[test]
     fn a_relative_root_is_the_bundles() {
         let mut spec = spec();
         spec["root"]["path"] = "rootfs".into();
@@ -350,6 +394,10 @@ mod tests {
             (edit(&|s| s["mounts"][0]["type"] = "9p".into()), "unknown type \"9p\""),
             (edit(&|s| s["mounts"][0]["type"] = "devtmpfs".into()), "allowed are bind, proc, sysfs"),
             (edit(&|s| s["mounts"][0] = json!({ "destination": "/x", "type": "bind" })), "has no source"),
+            (
+                edit(&|s| s["linux"]["resources"]["memory"]["limit"] = json!(4_194_303)),
+                "at least 4194304 are needed",
+            ),
             (edit(&|s| s["linux"]["namespaces"] = json!([{ "type": "pid" }])), "host networking"),
             (edit(&|s| s["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()), "pid namespace"),
             (

@@ -26,6 +26,8 @@ const ALLOWED: [&str; 9] = [
     "network_tx_bytes_per_second",
     "network_tx_packets_per_second",
 ];
+/// Bytes of memory below which a container's init cannot be held.
+pub(crate) const LEAST_MEMORY: u64 = 4 << 20;
 /// Memory that the guest's kernel and agent need beside the container's.
 pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// Smallest class that is chosen from a limit.

@@ -26,6 +26,7 @@ mod hooks;
 mod io;
 mod logging;
 mod network;
+mod options;
 mod process;
 mod rootfs;
 mod rundir;

@@ -31,6 +31,7 @@ use crate::holder::Holder;
 use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Ends, Stdio, Streams};
 use crate::network::{self, Network};
+use crate::options;
 use crate::process::ProcessId;
 use crate::rootfs;
 use crate::rundir::RunDir;
@@ -38,9 +39,6 @@ use crate::snapshot::Store;
 use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
 use crate::volumes::{self, FileServer, SavedVolumes};
-
-/// Runtime options that Spore's callers send; nothing in them changes what a VM does yet.
-const KNOWN_OPTIONS: [&str; 2] = ["containerd.runc.v1.Options", "runtimeoptions.v1.Options"];
 
 /// Where the file server of volumes writes its messages, in the run-time directory.
 const FILE_SERVER_LOG: &str = "fs.log";
@@ -194,10 +192,7 @@ impl Sandbox {
         let Context { config, namespace, containerd, log, .. } = &self.context;
         let id = request.id.as_str();
         if let Some(options) = request.options.as_ref() {
-            let name = options.type_url.rsplit('/').next().unwrap_or_default();
-            if !name.is_empty() && !KNOWN_OPTIONS.contains(&name) {
-                warn!(log, "runtime options of an unknown type are ignored"; "type" => name);
-            }
+            options::check(options, log)?;
         }
         // Everything that can be refused is, before anything is started.
         let stdio = Stdio {

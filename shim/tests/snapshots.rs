@@ -64,9 +64,9 @@ impl Scene {
         listing.entries.iter().map(|entry| entry.manifest.id).collect()
     }
 
-    /// What the store has, half-made things too.
+    /// What the store has, half-made things too; nothing before it is made.
     fn names(&self) -> usize {
-        std::fs::read_dir(self.store.root()).unwrap().count()
+        std::fs::read_dir(self.store.root()).map_or(0, Iterator::count)
     }
 
     /// Lets what waits at the gate go on, and opens it for good.

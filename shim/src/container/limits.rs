@@ -3,11 +3,8 @@
 
 use oci_spec::runtime::LinuxResources;
 
-use crate::config::{GUEST_OVERHEAD_MIB, Machine, cpuset_last};
+use crate::config::{GUEST_OVERHEAD_MIB, LEAST_MEMORY, Machine, cpuset_last};
 use crate::error::Error;
-
-/// Less than this a container's init cannot be held in.
-const LEAST_MEMORY: i64 = 4 * 1024 * 1024;
 
 /// Limits that the machine can keep.
 #[derive(Debug)]
@@ -39,7 +36,7 @@ pub(super) fn checked(json: &[u8], machine: &Machine) -> Result<Checked, Error> 
                  higher limit or with io.spore.memory_mib"
             )));
         }
-        if (0..LEAST_MEMORY).contains(&limit) {
+        if u64::try_from(limit).is_ok_and(|limit| limit < LEAST_MEMORY) {
             return Err(Error::Invalid(format!(
                 "update: memory limit {limit}: at least {LEAST_MEMORY} bytes are needed"
             )));

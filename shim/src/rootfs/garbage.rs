@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::owner::Owner;
 use super::writable::{self, DISK, EPHEMERAL, OWNER, WRITABLE};
-use super::{lock, temporary};
+use super::{changes, lock, temporary};
 
 /// Removes layers without a living owner. None of them is in use: a layer's directory is
 /// locked while it is prepared, its disk from then on.
@@ -45,6 +45,10 @@ pub(crate) fn sweep(state_dir: &Path) {
 pub(crate) fn sweep_layer(dir: &Path) {
     temporary::sweep(dir);
     writable::restoring::sweep(dir);
+    if let Some(_preparing) = lock::try_directory(dir) {
+        // What cannot be taken back now is taken back by the next start.
+        let _ = changes::sweep(dir);
+    }
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {

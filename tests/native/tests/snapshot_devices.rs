@@ -104,6 +104,7 @@ fn bytes_that_wait_for_the_guest_wait_in_the_copy() {
 #[test]
 fn a_machine_that_had_a_file_server_goes_on_with_another_only() {
     let mut vm = Setup::new("shell").filesystem("volumes").boot();
+    vm.line("ready");
     let without = vm.snapshot("a", &[]);
     let _server = vm.attach_filesystem().unwrap();
     let with = vm.snapshot("b", &[]);

@@ -6,7 +6,7 @@
 //! | `changes.json` | the upper directory | the next start |
 //! |---|---|---|
 //! | none, `failed` | its own content (`failed` tells the user why there are no changes) | takes it as it is |
-//! | `working`, or the file is `changes.undo` | unknown | gives its content back from the copy |
+//! | `working`, or the file is `changes.undo` | unknown | gives its content back from the copy, as `delete` does of a `working` one |
 //! | `complete`, its stamp fits | the copy, with the guest's changes over it | the same, once the guest has its disks |
 //! | `complete`, another stamp or no disk | that, changed since by a client | takes all of it as it is, over a new writable disk |
 //! | of another version | unknown | is refused |
@@ -44,9 +44,17 @@ struct Versioned {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub(super) enum Marker {
-    Working,
-    Complete { stamp: Option<String> },
-    Failed { reason: String },
+    Working {
+        /// The directory, for who finds only this.
+        #[serde(default)]
+        upper: Option<PathBuf>,
+    },
+    Complete {
+        stamp: Option<String>,
+    },
+    Failed {
+        reason: String,
+    },
 }
 
 /// What the guest's layer of the host's upper directory is made from.
@@ -69,7 +77,7 @@ pub(crate) fn settle(upper: &Path, beside: &Path) -> Result<Ground, RootfsError>
             return Ok(Ground::Directory(layer.file(BASE)));
         }
         Marker::Complete { .. } => layer.adopt()?,
-        Marker::Working | Marker::Failed { .. } => layer.undo(None)?,
+        Marker::Working { .. } | Marker::Failed { .. } => layer.undo(None)?,
     }
     Ok(Ground::Directory(upper.into()))
 }
@@ -83,8 +91,18 @@ pub(crate) fn settle_restored(upper: &Path, beside: &Path) -> Result<(), RootfsE
     match marker {
         Marker::Complete { stamp } if unused.is_some() && layer.stamp()? == stamp => Ok(()),
         Marker::Complete { .. } => Err(RootfsError::Changed { path: upper.into() }),
-        Marker::Working | Marker::Failed { .. } => layer.undo(None),
+        Marker::Working { .. } | Marker::Failed { .. } => layer.undo(None),
     }
+}
+
+/// Takes back what a killed shim has left of an export that it had not finished. The caller has the directory's lock.
+pub(in crate::rootfs) fn sweep(beside: &Path) -> Result<(), RootfsError> {
+    let Ok(Some(Marker::Working { upper: Some(upper) })) = Layer::new(Path::new(""), beside).marker() else {
+        return Ok(());
+    };
+    // A sandbox that lives exports as it likes.
+    let _unused = writable::lock_existing(beside)?;
+    Layer::new(&upper, beside).undo(None)
 }
 
 /// The steps, each of which may be the last before a kill.
@@ -104,7 +122,7 @@ impl Layer {
 
     pub(super) fn marker(&self) -> Result<Option<Marker>, RootfsError> {
         if self.file(UNDONE).exists() {
-            return Ok(Some(Marker::Working));
+            return Ok(Some(Marker::Working { upper: None }));
         }
         let path = self.file(MARKER);
         let text = match std::fs::read(&path) {
@@ -142,7 +160,7 @@ impl Layer {
         copy(&self.upper, &self.file(BASE_UNFINISHED))?;
         let target = self.file(BASE);
         std::fs::rename(self.file(BASE_UNFINISHED), &target).map_err(failed("rename", &target))?;
-        self.mark(&Marker::Working)
+        self.mark(&Marker::Working { upper: Some(self.upper.clone()) })
     }
 
     /// After the directory was filled.
@@ -157,7 +175,7 @@ impl Layer {
     pub(super) fn outdate(&self) -> Result<bool, RootfsError> {
         match self.marker()? {
             None | Some(Marker::Failed { .. }) => return Ok(false),
-            Some(Marker::Working) => {}
+            Some(Marker::Working { .. }) => {}
             Some(Marker::Complete { .. }) => {
                 let target = self.file(UNDONE);
                 std::fs::rename(self.file(MARKER), &target).map_err(failed("rename", &target))?;

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use self::archive::Limits;
 use self::layer::Layer;
-pub(super) use self::layer::{Ground, settle, settle_restored};
+pub(super) use self::layer::{Ground, settle, settle_restored, sweep};
 use super::{RootfsError, blocking};
 
 /// A file of the guest's takes at least as much of its disk, so that it cannot send more files.

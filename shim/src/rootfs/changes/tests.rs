@@ -336,6 +336,17 @@ fn an_export_shows_until_it_is_taken_back_and_is_replaced_by_the_next() {
 }
 
 #[test]
+fn an_export_that_was_not_finished_is_taken_back_by_delete() {
+    let scene = Scene::new();
+    fs::write(scene.at("kept"), "kept").unwrap();
+    scene.layer().begin().unwrap();
+    fs::write(scene.at("part"), "half").unwrap();
+    crate::rootfs::sweep_layer(scene.beside(BASE).parent().unwrap());
+    assert_eq!((text(&scene.at("kept")), scene.at("part").exists()), ("kept".into(), false));
+    assert!(scene.is_clean());
+}
+
+#[test]
 fn what_was_there_before_is_the_guests_lower_layer_and_comes_back() {
     let scene = Scene::new();
     fs::write(scene.at("kept"), "kept").unwrap();

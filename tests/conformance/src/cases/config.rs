@@ -26,6 +26,12 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("config: CPUs that are not there are refused", bad_cpus).starts(1),
     Case::new("config: a program that is not there is refused", no_program).starts(1),
     Case::new("config: a bind mount of nothing is refused", no_source).starts(1),
+    Case::new("config: a cpuset", cpuset).starts(1),
+    Case::new("config: memory that is too little for a container is refused", little_memory).starts(1),
+    Case::new("config: a further node for a device that every machine has", further_node).starts(1),
+    Case::new("config: a device of the host", hosts_device)
+        .starts(1)
+        .differs("a virtual machine has devices of its own"),
 ];
 
 fn said(subject: &Subject, script: &str, edit: impl FnOnce(&mut Value)) -> Result<String> {
@@ -82,6 +88,37 @@ fn ambient(subject: &Subject) -> Result<()> {
         }
     })?;
     equal("capabilities", &said, "CapEff:\t0000000000000420\nCapAmb:\t0000000000000420\n")
+}
+
+fn cpuset(subject: &Subject) -> Result<()> {
+    let script = "cat /sys/fs/cgroup/cpuset.cpus; grep ^Cpus_allowed_list: /proc/self/status | cut -f 2";
+    let said = said(subject, script, |spec| spec["linux"]["resources"]["cpu"]["cpus"] = json!("0"))?;
+    equal("CPUs", &said, "0\n0\n")
+}
+
+fn little_memory(subject: &Subject) -> Result<()> {
+    let part = if subject.is_spore() { "at least 4194304 are needed" } else { "memory limit" };
+    is_refused(subject, &[part], |spec| spec["linux"]["resources"]["memory"]["limit"] = json!(1 << 20))
+}
+
+fn node(spec: &mut Value, kind: &str, major: u32, minor: u32) {
+    let node = json!({ "path": "/dev/further", "type": kind, "major": major, "minor": minor, "fileMode": 0o644, "uid": 0, "gid": 0 });
+    spec["linux"]["devices"] = json!([node]);
+}
+
+fn further_node(subject: &Subject) -> Result<()> {
+    let script = "stat -c '%F %t:%T %a' /dev/further; echo x > /dev/further; echo $?";
+    let said = said(subject, script, |spec| node(spec, "c", 1, 7))?;
+    // /dev/full.
+    equal("the node", &said, "character special file 1:7 644\n1\n")
+}
+
+fn hosts_device(subject: &Subject) -> Result<()> {
+    if subject.is_spore() {
+        is_refused(subject, &["/dev/further (b 8:0) is the host's"], |spec| node(spec, "b", 8, 0))?;
+        return Err(Difference.into());
+    }
+    said(subject, "test -b /dev/further", |spec| node(spec, "b", 8, 0)).map(drop)
 }
 
 fn oom_score(subject: &Subject) -> Result<()> {
