@@ -13,6 +13,7 @@ mod merge;
 mod snapshot;
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -106,6 +107,8 @@ pub(crate) struct Container {
     changes: Option<Changes>,
     /// Whether it comes out of a checkpoint.
     restored: bool,
+    /// It ends with the checkpoint that has just been taken.
+    leaving: AtomicBool,
     disks: tokio::sync::Mutex<HeldDisks>,
     merging: Merging,
     /// Follows kills for lack of memory.
@@ -138,6 +141,7 @@ impl Container {
             id: parts.id,
             guest_id: parts.guest_id,
             restored: parts.restored,
+            leaving: AtomicBool::new(false),
             terminal: parts.terminal,
             disks: tokio::sync::Mutex::new(parts.disks),
             merging: Merging::default(),

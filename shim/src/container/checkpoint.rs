@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
@@ -104,11 +105,18 @@ impl Container {
             let (container_id, checkpoint) = (self.id.clone(), id.to_string());
             self.events.send(TaskCheckpointed { container_id, checkpoint, ..Default::default() });
         }
+        if end {
+            // It stands still, and nobody shall let it go on.
+            self.leaving.store(true, Ordering::Release);
+        }
         drop(turn);
         if end {
             match self.kill(libc::SIGKILL.unsigned_abs(), true).await {
                 Ok(()) | Err(Error::Finished) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.leaving.store(false, Ordering::Release);
+                    return Err(error);
+                }
             }
             self.wait().await;
         }
@@ -124,11 +132,11 @@ impl Container {
         self.merge_layers(Layers::are_too_many).await;
         // Before `turn`: who has that waits for no disk.
         let mut disks = self.disks.lock().await;
-        Self::check(self.phase())?;
+        self.check(self.phase())?;
         let prepared = self.prepare(store, &mut disks).await?;
         let turn = self.turn.lock().await;
         let (phase, begun) = (self.phase(), Instant::now());
-        let frozen = match Self::check(phase) {
+        let frozen = match self.check(phase) {
             Ok(()) if phase == Phase::Running => self.stand().await,
             other => other,
         };
@@ -147,7 +155,12 @@ impl Container {
         Ok((turn, taken))
     }
 
-    fn check(phase: Phase) -> Result<(), Error> {
+    fn check(&self, phase: Phase) -> Result<(), Error> {
+        if self.leaving.load(Ordering::Acquire) {
+            return Err(Error::State(
+                "cannot take a snapshot of a container that ends with its checkpoint".into(),
+            ));
+        }
         if !matches!(phase, Phase::Running | Phase::Paused) {
             return Err(Error::State(format!("cannot take a snapshot of a {} container", phase.name())));
         }

@@ -26,7 +26,6 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("config: CPUs that are not there are refused", bad_cpus).starts(1),
     Case::new("config: a program that is not there is refused", no_program).starts(1),
     Case::new("config: a bind mount of nothing is refused", no_source).starts(1),
-    Case::new("config: a cpuset", cpuset).starts(1),
     Case::new("config: memory that is too little for a container is refused", little_memory).starts(1),
     Case::new("config: a further node for a device that every machine has", further_node).starts(1),
     Case::new("config: a device of the host", hosts_device)
@@ -88,12 +87,6 @@ fn ambient(subject: &Subject) -> Result<()> {
         }
     })?;
     equal("capabilities", &said, "CapEff:\t0000000000000420\nCapAmb:\t0000000000000420\n")
-}
-
-fn cpuset(subject: &Subject) -> Result<()> {
-    let script = "cat /sys/fs/cgroup/cpuset.cpus; grep ^Cpus_allowed_list: /proc/self/status | cut -f 2";
-    let said = said(subject, script, |spec| spec["linux"]["resources"]["cpu"]["cpus"] = json!("0"))?;
-    equal("CPUs", &said, "0\n0\n")
 }
 
 fn little_memory(subject: &Subject) -> Result<()> {
