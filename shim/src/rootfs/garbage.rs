@@ -37,14 +37,19 @@ pub(crate) fn sweep(state_dir: &Path) {
         temporary::sweep(&state_dir.join(dir));
     }
     for dir in entries(&state_dir.join(WRITABLE)) {
-        sweep_layer(&dir);
+        sweep_files(&dir);
     }
 }
 
-/// The same for one directory of layers, wherever it is.
-pub(crate) fn sweep_layer(dir: &Path) {
+fn sweep_files(dir: &Path) {
     temporary::sweep(dir);
     writable::restoring::sweep(dir);
+}
+
+/// The same for one directory of layers, wherever it is, of which the shim has gone: one that lives may be taking an export
+/// back itself.
+pub(crate) fn sweep_layer(dir: &Path) {
+    sweep_files(dir);
     if let Some(_preparing) = lock::try_directory(dir) {
         // What cannot be taken back now is taken back by the next start.
         let _ = changes::sweep(dir);
