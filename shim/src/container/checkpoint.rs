@@ -264,7 +264,7 @@ impl Container {
 
     /// Waits until all of it is written, and puts it into the store. Its caller may have `turn`.
     pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
-        let Taken { mut draft, mut state, layer, mut saved, lower, writable, captured, held, .. } = taken;
+        let Taken { mut draft, state, layer, mut saved, lower, writable, captured, held, .. } = taken;
         let volumes = saved.volumes.take();
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
@@ -278,10 +278,7 @@ impl Container {
         }
         let mut about = self.about(purpose);
         blocking(move || {
-            let mut bytes = Vec::new();
-            let read = state.rewind().and_then(|()| state.read_to_end(&mut bytes));
-            read.map_err(StoreError::own("read", "the state"))?;
-            draft.state(&bytes)?;
+            draft.state(&content(state).map_err(StoreError::own("read", "the state"))?)?;
             if let Some(SavedVolumes { exports, tables: file }) = volumes {
                 let tables = draft.tables(&content(file).map_err(StoreError::own("read", "the tables"))?)?;
                 about.volumes = Some(Volumes { tables, exports });
