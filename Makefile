@@ -31,12 +31,22 @@ demo: guest ## see containers run in microVMs; touches nothing of the machine's 
 test: ## run every test, or one suite: make test SUITE=unit|fuzz|native|e2e|conformance
 	@packaging/check $(SUITE)
 
+# Of the VMM alone, with bare-metal guests on this machine's /dev/kvm.
+NATIVE := datapath snapshot density
+
+ifneq ($(filter $(NATIVE),$(SUITE)),)
+bench: build
+	@mkdir -p target/bench
+	@$(STEP) "Bench" env SPORE_RESULTS=target/bench $(BIN)/spore-bench $(SUITE)
+	@echo "results: target/bench/$(SUITE).json"
+else
 bench: guest ## measure against runc, into target/bench: make bench [SUITE=coldstart]
 	@$(STEP) "Debian packages for the test bed" packaging/need ground
 	@mkdir -p target/bench
 	@$(STEP) "Bench" $(BIN)/spore-testbed run --deadline 3600 spore-bench $(SUITE)
 	@cp target/testbed/spore-bench/*.json target/bench/
 	@echo "results: $$(ls target/bench/*.json | tr '\n' ' ')"
+endif
 
 soak: guest ## the long counts, with reports in tests: make soak [SUITE=e2e|conformance]
 	@$(STEP) "Debian packages for the test bed" packaging/need ground

@@ -75,6 +75,8 @@ pub struct Config {
     pub(crate) export_changes: bool,
     /// Whether guests are restored from templates of booted ones.
     pub(crate) boot_templates: bool,
+    /// Whether guests' memory comes in huge pages.
+    pub(crate) huge_pages: bool,
     /// From VMM start until the agent answers.
     pub(crate) boot_deadline_s: u64,
     pub(crate) debug: bool,
@@ -97,6 +99,7 @@ impl Default for Config {
             writable_size_mib: 10240,
             export_changes: true,
             boot_templates: true,
+            huge_pages: false,
             boot_deadline_s: 60,
             debug: false,
             timeline: None,
@@ -120,6 +123,7 @@ pub(crate) struct Limits {
 pub(crate) struct Machine {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u64,
+    pub(crate) huge_pages: bool,
     pub(crate) writable_size_mib: u64,
     pub(crate) export_changes: bool,
     pub(crate) debug: bool,
@@ -251,7 +255,8 @@ impl Config {
         };
         let export_changes = switch("export_changes", self.export_changes)?;
         let debug = switch("debug", self.debug)?;
-        Ok(Machine { vcpus, memory_mib, writable_size_mib, export_changes, debug, network })
+        let huge_pages = self.huge_pages;
+        Ok(Machine { vcpus, memory_mib, huge_pages, writable_size_mib, export_changes, debug, network })
     }
 }
 

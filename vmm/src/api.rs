@@ -128,6 +128,10 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// [`MIN_MEMORY_MIB`] ..= [`MAX_MEMORY_MIB`].
     pub memory_mib: u64,
+    /// Ask the host's kernel for transparent huge pages (MADV_HUGEPAGE) where guest memory is nobody's file: forks, and so
+    /// snapshots, are shorter; the host gives memory in steps of 2 MiB.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// An open `/dev/kvm`.
     pub kvm: FdIndex,
     /// A bzImage or an x86_64 ELF vmlinux, open for reading.
@@ -291,6 +295,10 @@ pub struct SnapshotLayer {
 pub struct RestoreConfig {
     /// [`PROTOCOL_VERSION`].
     pub protocol: u32,
+    /// Ask for huge pages as
+    /// [`VmConfig::huge_pages`] does, whatever the saved VM had.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// An open `/dev/kvm`.
     pub kvm: FdIndex,
     /// The state file, open for reading.

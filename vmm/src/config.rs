@@ -70,6 +70,7 @@ pub enum ConfigError {
 pub struct MachineConfig {
     pub vcpus: u8,
     pub memory_bytes: u64,
+    pub huge_pages: bool,
     pub kvm: KvmFd,
     pub kernel: File,
     pub initrd: Option<File>,
@@ -146,6 +147,7 @@ impl MachineConfig {
         let machine = Self {
             vcpus: config.vcpus,
             memory_bytes: config.memory_mib << 20,
+            huge_pages: config.huge_pages,
             kvm: take_kvm(&mut fds, config.kvm)?,
             kernel: take_image(&mut fds, config.kernel, "kernel")?,
             initrd: config.initrd.map(|index| take_image(&mut fds, index, "initrd")).transpose()?,
@@ -178,6 +180,7 @@ fn printable(text: &str, what: &'static str) -> Result<(), ConfigError> {
 /// A VM that can be restored, as far as that can be said without its state.
 #[derive(Debug)]
 pub struct RestoredMachine {
+    pub huge_pages: bool,
     pub kvm: KvmFd,
     pub state: File,
     pub layers: Vec<(String, File)>,
@@ -199,6 +202,7 @@ impl RestoredMachine {
         no_twice("layers", config.layers.iter().map(|layer| &layer.id))?;
         no_twice("disks", config.disks.iter().map(|disk| &disk.serial))?;
         let machine = Self {
+            huge_pages: config.huge_pages,
             kvm: take_kvm(&mut fds, config.kvm)?,
             state: take_image(&mut fds, config.state, "state")?,
             layers: config

@@ -79,6 +79,7 @@ mod tests {
         Machine {
             vcpus: 2,
             memory_mib: 256,
+            huge_pages: false,
             writable_size_mib: 64,
             export_changes: true,
             debug: false,

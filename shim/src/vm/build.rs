@@ -39,6 +39,7 @@ fn description(config: &Config, machine: &Machine) -> VmConfig {
         protocol: PROTOCOL_VERSION,
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
+        huge_pages: machine.huge_pages,
         kvm: FdIndex(0),
         kernel: FdIndex(3),
         initrd: Some(FdIndex(4)),

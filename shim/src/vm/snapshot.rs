@@ -163,6 +163,7 @@ impl Vm {
         }
         let configuration = RestoreConfig {
             protocol: PROTOCOL_VERSION,
+            huge_pages: self.machine.huge_pages,
             kvm: FdIndex(0),
             state,
             layers,

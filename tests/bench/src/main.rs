@@ -12,6 +12,7 @@ mod kernels;
 mod lab;
 mod network;
 mod report;
+mod snapshot;
 mod stats;
 
 use std::path::PathBuf;
@@ -36,6 +37,11 @@ enum Suite {
     /// The VMM's network data path with a bare-metal guest, on this machine's own `/dev/kvm`. Only on
     /// request.
     Datapath,
+    /// Snapshots and restores of bare-metal guests, there too: pauses, times, and what the kernel alone takes. Only on
+    /// request.
+    Snapshot,
+    /// The memory of many machines of one snapshot, there too. Only on request.
+    Density,
 }
 
 #[derive(Parser)]
@@ -88,6 +94,12 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if cli.suites.contains(&Suite::Datapath) {
         report::publish("datapath", &datapath::run(cli.pairs)?, &results)?;
+    }
+    if cli.suites.contains(&Suite::Snapshot) {
+        report::publish("snapshot", &snapshot::run(cli.pairs)?, &results)?;
+    }
+    if cli.suites.contains(&Suite::Density) {
+        report::publish("density", &snapshot::density()?, &results)?;
     }
     Ok(())
 }

@@ -85,6 +85,7 @@ fn restore(state: &File) -> bool {
         .map(|fd| fd.try_clone_to_owned().unwrap());
     let config = RestoreConfig {
         protocol: PROTOCOL_VERSION,
+        huge_pages: false,
         kvm: FdIndex(0),
         state: FdIndex(1),
         layers: vec![LayerConfig { id: "a".into(), file: FdIndex(2) }],

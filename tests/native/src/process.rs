@@ -69,6 +69,14 @@ pub fn resident_anonymous(pid: u32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("no RssAnon in the process's status"))
 }
 
+/// KiB of a process in huge pages that are no file's.
+pub fn resident_huge(pid: u32) -> io::Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
+    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other("no AnonHugePages in the process's mappings"))
+}
+
 /// A digest of all mappings of at least `guest_mib` MiB, which are the guest's RAM.
 pub fn guest_memory_digest(pid: u32, guest_mib: u64) -> io::Result<u64> {
     let folder = Path::new("/proc").join(pid.to_string());

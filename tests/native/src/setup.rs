@@ -33,6 +33,7 @@ pub struct Setup {
     pub script: String,
     pub vcpus: u8,
     pub memory_mib: u64,
+    pub huge_pages: bool,
     pub kernel: Vec<u8>,
     pub initrd: Option<Vec<u8>>,
     pub disks: Vec<(File, bool)>,
@@ -55,6 +56,7 @@ impl Setup {
             script: script.to_owned(),
             vcpus: 1,
             memory_mib: 64,
+            huge_pages: false,
             kernel: spore_guests::ELF.to_vec(),
             initrd: None,
             disks: Vec::new(),
@@ -76,6 +78,12 @@ impl Setup {
     #[must_use]
     pub fn memory_mib(mut self, mib: u64) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    #[must_use]
+    pub fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
         self
     }
 
@@ -166,6 +174,7 @@ impl Setup {
             protocol: PROTOCOL_VERSION,
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
+            huge_pages: self.huge_pages,
             kvm: attach(host::kvm().into()),
             kernel: attach(file_with(&self.kernel).into()),
             initrd: self.initrd.as_ref().map(|content| attach(file_with(content).into())),

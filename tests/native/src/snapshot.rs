@@ -92,6 +92,7 @@ impl Saved {
             layers: self.layers.iter().map(|(id, file)| (id.clone(), again(file))).collect(),
             disks: Vec::new(),
             vsock: false,
+            huge_pages: false,
         }
     }
 }
@@ -103,6 +104,7 @@ pub struct Restore {
     /// From the bottom up, by slot.
     pub disks: Vec<(String, Vec<File>)>,
     pub vsock: bool,
+    pub huge_pages: bool,
 }
 
 impl Restore {
@@ -254,6 +256,7 @@ impl Vm {
         let listener = what.vsock.then(|| UnixListener::bind(self.vsock_path()).expect("the path is fresh"));
         let config = RestoreConfig {
             protocol: PROTOCOL_VERSION,
+            huge_pages: what.huge_pages,
             kvm: attach(host::kvm().into()),
             state: attach(what.state.into()),
             layers: what

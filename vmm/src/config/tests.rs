@@ -7,6 +7,7 @@ fn config() -> VmConfig {
         protocol: PROTOCOL_VERSION,
         vcpus: 1,
         memory_mib: 128,
+        huge_pages: false,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: None,

@@ -106,6 +106,20 @@ fn map_extent(ram: &GuestRam, extent: &FileExtent<'_>) -> Result<(), MapError> {
     if mapped == libc::MAP_FAILED { Err(failed(io::Error::last_os_error())) } else { Ok(()) }
 }
 
+/// Asks for huge pages where memory is not a file's. A host that has none to give, or none at all, gives small ones.
+pub fn prefer_huge_pages(ram: &GuestRam) {
+    for slot in slots(ram) {
+        let length = usize::try_from(slot.size).unwrap_or(usize::MAX);
+        // SAFETY: mappings that `ram` owns, and MADV_HUGEPAGE changes no content.
+        let advised =
+            unsafe { libc::madvise(slot.host_address as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
+        if advised != 0 {
+            let error = io::Error::last_os_error();
+            crate::log::warn("memory", format_args!("guest RAM stays in small pages: {error}"));
+        }
+    }
+}
+
 /// # Safety
 /// The range is a mapping of the caller's.
 pub(super) unsafe fn leave_out_of_core_dumps(address: *mut libc::c_void, length: usize) {

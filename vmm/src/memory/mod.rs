@@ -10,7 +10,7 @@ mod written;
 
 pub use discard::{Discard, DiscardError};
 pub use layout::{RamLayout, RamRange};
-pub use mapping::{FileExtent, MapError, RamSlot, map, map_files, slots};
+pub use mapping::{FileExtent, MapError, RamSlot, map, map_files, prefer_huge_pages, slots};
 pub use written::{ScanError, Still, without_zeroes, written};
 
 /// An address in guest physical memory.

@@ -152,6 +152,7 @@ fn describe(options: &Options, parcel: &mut Parcel, console_input: &mut Feed) ->
         protocol: PROTOCOL_VERSION,
         vcpus: options.vcpus,
         memory_mib: options.memory_mib,
+        huge_pages: false,
         kvm,
         kernel,
         initrd,

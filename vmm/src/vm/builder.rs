@@ -113,6 +113,7 @@ pub fn build(
     let MachineConfig {
         vcpus,
         memory_bytes,
+        huge_pages,
         kvm,
         mut kernel,
         mut initrd,
@@ -128,6 +129,9 @@ pub fn build(
     arch::check_host(&kvm, vcpus)?;
     let shape = Shape { vcpus, memory_bytes, disk_slots, filesystem, network_slots, vsock: vsock.is_some() };
     let ram = memory::map(&shape.layout())?;
+    if huge_pages {
+        memory::prefer_huge_pages(&ram);
+    }
     let entry = arch::load_image(&ram, &mut kernel, initrd.as_mut(), &cmdline)?;
     drop((kernel, initrd));
     let frame = Frame::new(&kvm, &ram)?;
@@ -156,7 +160,7 @@ pub fn restore(
     end: Arc<EndLatch>,
     on_connection: OnConnection,
 ) -> Result<RestoredVm, BuildError> {
-    let RestoredMachine { kvm, state, layers, console, vsock, disks } = config;
+    let RestoredMachine { huge_pages, kvm, state, layers, console, vsock, disks } = config;
     let MachineState { saved_at_ns, shape, platform, vcpus, mut parts, memory, .. } =
         MachineState::read(&state)?;
     let kvm = kvm::open(kvm);
@@ -186,6 +190,9 @@ pub fn restore(
     };
     let mapped: Vec<FileExtent<'_>> = memory.extents.iter().filter_map(place).collect();
     let ram = memory::map_files(&shape.layout(), &mapped)?;
+    if huge_pages {
+        memory::prefer_huge_pages(&ram);
+    }
     let ranges: Vec<Range<u64>> = memory.extents.iter().map(|extent| extent.start..extent.end()).collect();
     let origin = Origin { layers: memory.layers, extents: memory.extents };
     let frame = Frame::new(&kvm, &ram)?;

@@ -1,0 +1,52 @@
+//! What machines of one snapshot take of the host's memory, each, by how many there are.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use spore_native::{Restore, Vm};
+
+use super::guest;
+use crate::report::Row;
+use crate::stats::Sample;
+
+const MEMORY_MIB: u64 = 2048;
+const WRITTEN_MIB: u64 = 64;
+const COUNTS: [usize; 4] = [1, 10, 50, 100];
+/// Of an idle one, beside what its guest wrote.
+const TARGET_KIB: f64 = 1536.0;
+
+pub(super) fn rows() -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for huge_pages in [false, true] {
+        let saved = guest(MEMORY_MIB, WRITTEN_MIB, huge_pages)?.snapshot("a", &[]);
+        let mut vms: Vec<Vm> = Vec::new();
+        for count in COUNTS {
+            while vms.len() < count {
+                let mut vm = Restore { huge_pages, ..saved.restore() }.run();
+                // It has run, and is idle.
+                ensure!(vm.run("hello").contains("ok hello"), "the guest does not answer");
+                vms.push(vm);
+            }
+            let memory = vms.iter().map(|vm| memory_of(vm.pid())).collect::<Result<Vec<_>>>()?;
+            let (unique, proportional) = memory.into_iter().unzip();
+            let what = format!("{count} alive{}", if huge_pages { ", huge pages" } else { "" });
+            let unique = Row::new(&format!("{what}: unique, each"), "KiB", &Sample::new(unique));
+            rows.push(if huge_pages { unique } else { unique.at_most(TARGET_KIB) });
+            rows.push(Row::new(&format!("{what}: proportional, each"), "KiB", &Sample::new(proportional)));
+        }
+    }
+    Ok(rows)
+}
+
+/// KiB that are the process's own, and its part of all that it has.
+fn memory_of(pid: u32) -> Result<(f64, f64)> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let kib = |key: &str| -> Result<f64> {
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse().ok());
+        value.with_context(|| format!("{path} has no {key}"))
+    };
+    Ok((kib("Private_Clean:")? + kib("Private_Dirty:")?, kib("Pss:")?))
+}
