@@ -116,6 +116,13 @@ impl Tables {
         }
     }
 
+    /// `Name (ADDR, Package () { low, high })` of the generation id.
+    pub fn generation_id(&self) -> Option<u64> {
+        let aml = self.dsdt.bytes();
+        let at = aml.windows(8).position(|bytes| bytes == b"ADDR\x12\x08\x02\x0c")? + 8;
+        Some(u32::from_le_bytes(aml.get(at..at + 4)?.try_into().ok()?).into())
+    }
+
     /// Local APICs that may be started.
     pub fn cpus(&self) -> usize {
         let Some(madt) = self.madt else { return 0 };

@@ -11,6 +11,9 @@ use crate::{acpi, cpu, memory, pattern, power, say, serial, services, smp};
 /// Input line of the I/O APIC that the power button's event device uses.
 const BUTTON_GSI: u32 = 5;
 const BUTTON_LINE: u32 = 0;
+/// Input line of the I/O APIC that the generation id's event uses.
+const GENERATION_GSI: u32 = 3;
+const GENERATION_LINE: u32 = 0;
 const CONFIG_LINE: u32 = 1;
 
 type Outcome = Result<(), &'static str>;
@@ -66,6 +69,7 @@ impl Machine {
                 cpu::relax();
             },
             "button" => button(),
+            "generation" => self.generation(),
             "cmdline" => {
                 say!("cmdline={}", self.boot.cmdline());
                 Ok(())
@@ -126,6 +130,17 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// Says the generation id, and again when it has changed.
+    fn generation(&self) -> Outcome {
+        let address = acpi::Tables::find(self.boot.rsdp())?.generation_id().ok_or("no generation id")?;
+        let id = || unsafe { (address as *const u128).read_volatile() }; // SAFETY: the tables say that it is there.
+        cpu::route(GENERATION_GSI, GENERATION_LINE);
+        say!("generation {:032x}", id());
+        cpu::wait_interrupt(GENERATION_LINE);
+        say!("generation {:032x}", id());
+        Ok(())
     }
 
     fn initrd(&self) -> Outcome {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::Address;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::handles::{DeviceGauges, Part};
@@ -35,8 +36,9 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::subscriber::DeviceSubscriber;
 use crate::devices::virtio::transport::{MmioTransport, TransportError};
 use crate::devices::virtio::vsock::{Vsock, VsockError};
+use crate::devices::vmgenid::{self, GenerationError, GenerationId};
 use crate::end::EndLatch;
-use crate::memory::{self, Discard, FileExtent, GuestRam, MapError};
+use crate::memory::{self, Discard, FileExtent, Gpa, GuestRam, MapError};
 use crate::snapshot::machine::{StateFileError, match_layers};
 use crate::snapshot::writer::Origin;
 use crate::snapshot::{MachineState, PartState, Persist, RestoreError, Shape};
@@ -78,6 +80,8 @@ pub enum BuildError {
     Restore(#[from] RestoreError),
     #[error(transparent)]
     RestoreState(#[from] RestoreStateError),
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
 }
 
 /// Takes connections of the guest to host ports.
@@ -334,6 +338,7 @@ impl Devices {
         let console = place_serial(&mut board, &mut pio, console)?;
         let power_button = board.interrupt("the power button", layout::POWER_BUTTON_GSI)?;
         place_power(&mut pio, end)?;
+        place_generation_id(&mut board)?;
         board.place(slots::RNG, Box::new(Rng::new()))?;
         let mut vsock_handle = None;
         if let Some(vsock) = vsock {
@@ -535,6 +540,22 @@ fn place_serial(
     board.parts.insert(SERIAL.to_owned(), Box::new(Part(Arc::clone(&port))));
     pio.insert(layout::SERIAL_PORT, layout::SERIAL_PORTS, SERIAL, port)?;
     Ok(counters)
+}
+
+/// A machine that was saved before there was one goes on without.
+fn place_generation_id(board: &mut Board<'_>) -> Result<(), BuildError> {
+    let at = Gpa::new(layout::GENERATION_ID);
+    let device = match &mut board.saved {
+        None => GenerationId::new(board.ram, at)?,
+        Some(saved) => {
+            let Some(state) = saved.remove(vmgenid::NAME) else { return Ok(()) };
+            GenerationId::check(&state)?;
+            let line = board.interrupt("the generation id", layout::GENERATION_ID_GSI)?;
+            GenerationId::restore(board.ram, at, line)?
+        }
+    };
+    board.parts.insert(vmgenid::NAME.to_owned(), Box::new(device));
+    Ok(())
 }
 
 fn place_power(pio: &mut PioBus, end: &Arc<EndLatch>) -> Result<(), BusError> {

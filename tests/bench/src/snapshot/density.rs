@@ -12,6 +12,10 @@ use crate::stats::Sample;
 const MEMORY_MIB: u64 = 2048;
 const WRITTEN_MIB: u64 = 64;
 const COUNTS: [usize; 4] = [1, 10, 50, 100];
+/// Of these each has written something, too: single MiB, far apart, where nothing was before.
+const WRITERS: usize = 10;
+const PLACES_MIB: std::ops::Range<u64> = 256..320;
+const APART_MIB: usize = 8;
 /// Of an idle one, beside what its guest wrote.
 const TARGET_KIB: f64 = 1536.0;
 
@@ -27,15 +31,33 @@ pub(super) fn rows() -> Result<Vec<Row>> {
                 ensure!(vm.run("hello").contains("ok hello"), "the guest does not answer");
                 vms.push(vm);
             }
-            let memory = vms.iter().map(|vm| memory_of(vm.pid())).collect::<Result<Vec<_>>>()?;
-            let (unique, proportional) = memory.into_iter().unzip();
             let what = format!("{count} alive{}", if huge_pages { ", huge pages" } else { "" });
-            let unique = Row::new(&format!("{what}: unique, each"), "KiB", &Sample::new(unique));
-            rows.push(if huge_pages { unique } else { unique.at_most(TARGET_KIB) });
-            rows.push(Row::new(&format!("{what}: proportional, each"), "KiB", &Sample::new(proportional)));
+            let [unique, proportional] = each(&what, &vms)?;
+            // What one alone has of the files is shared with nobody.
+            let bounded = count > 1 && !huge_pages;
+            rows.extend([if bounded { unique.at_most(TARGET_KIB) } else { unique }, proportional]);
+            if count == WRITERS {
+                for vm in &mut vms {
+                    for at in PLACES_MIB.step_by(APART_MIB) {
+                        ensure!(
+                            vm.run(&format!("store,{at},1,9")).contains("ok store"),
+                            "the guest does not write"
+                        );
+                    }
+                }
+                rows.extend(each(&format!("{what}, each has written 8 MiB in 8 places"), &vms)?);
+                vms.clear();
+            }
         }
     }
     Ok(rows)
+}
+
+fn each(what: &str, vms: &[Vm]) -> Result<[Row; 2]> {
+    let memory = vms.iter().map(|vm| memory_of(vm.pid())).collect::<Result<Vec<_>>>()?;
+    let (unique, proportional) = memory.into_iter().unzip();
+    let row = |kind: &str, values| Row::new(&format!("{what}: {kind}, each"), "KiB", &Sample::new(values));
+    Ok([row("unique", unique), row("proportional", proportional)])
 }
 
 /// KiB that are the process's own, and its part of all that it has.

@@ -2,8 +2,8 @@
 //!
 //! * FADT: sleep and reset registers in port space; no PC timer, keyboard, CMOS clock, VGA.
 //! * MADT: one local APIC per vCPU, one I/O APIC.
-//! * DSDT: `_S5`, COM1, the virtio-mmio slots, and a power button whose press arrives as the
-//!   interrupt of a generic event device.
+//! * DSDT: `_S5`, COM1, the virtio-mmio slots, a power button and the generation id, of which a press and a
+//!   change arrive as interrupts of a generic event device.
 //!
 //! Interrupts are edge-triggered: an irqfd gives pulses. Slots share lines, and every handler
 //! on a line runs for each pulse.
@@ -38,8 +38,8 @@ const IO_APIC_ID: u8 = 0;
 const SDT_HEADER: u32 = 36;
 const DSDT_REVISION: u8 = 6;
 const SERIAL_LENGTH: u8 = 8;
-/// The power button's notification value.
-const PRESSED: u8 = 0x80;
+/// The notification value of the power button's press and of a generation id's change.
+const HAPPENED: u8 = 0x80;
 const ONE: u8 = 1;
 
 /// A virtio-mmio slot as the guest is told of it.
@@ -132,7 +132,7 @@ fn madt(platform: &Platform<'_>) -> Vec<u8> {
 
 fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut body = bytes_of(&Name::new("_S5_".into(), &Package::new(vec![&power::SLEEP_TYPE_S5])));
-    let mut devices = [serial(), power_button()].concat();
+    let mut devices = [serial(), power_button(), generation_id(), events()].concat();
     for slot in platform.slots {
         devices.extend(virtio_slot(slot));
     }
@@ -164,34 +164,57 @@ fn serial() -> Vec<u8> {
     ))
 }
 
-/// The button, and the event device that presses it: `Notify` with 0x80 is a press (5.6.6).
 fn power_button() -> Vec<u8> {
-    let mut devices = bytes_of(&Device::new(
+    bytes_of(&Device::new(
         "PWRB".into(),
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &0u8)],
-    ));
-    let button = Path::new("PWRB");
-    devices.extend(bytes_of(&Device::new(
+    ))
+}
+
+/// Microsoft's "Virtual Machine Generation ID" has its names and `ADDR`: the low and the high half of an address.
+fn generation_id() -> Vec<u8> {
+    // The layout puts it below a MiB.
+    let address = u32::try_from(layout::GENERATION_ID).unwrap_or(0);
+    bytes_of(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"SPOR0001"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new("ADDR".into(), &Package::new(vec![&address, &0u32])),
+        ],
+    ))
+}
+
+/// The event device: what happened to which (5.6.9).
+fn events() -> Vec<u8> {
+    let [button, generation] = ["PWRB", "VGEN"].map(Path::new);
+    let happened = |device| Notify::new(device, &HAPPENED);
+    let (pressed, changed) = (happened(&button), happened(&generation));
+    bytes_of(&Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &0u8),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&interrupt(layout::POWER_BUTTON_GSI, false)]),
+                &ResourceTemplate::new(vec![
+                    &interrupt(layout::POWER_BUTTON_GSI, false),
+                    &interrupt(layout::GENERATION_ID_GSI, false),
+                ]),
             ),
             &Method::new(
                 "_EVT".into(),
                 1,
                 true,
-                vec![&If::new(
-                    &Equal::new(&Arg(0), &layout::POWER_BUTTON_GSI),
-                    vec![&Notify::new(&button, &PRESSED)],
-                )],
+                vec![
+                    &If::new(&Equal::new(&Arg(0), &layout::POWER_BUTTON_GSI), vec![&pressed]),
+                    &If::new(&Equal::new(&Arg(0), &layout::GENERATION_ID_GSI), vec![&changed]),
+                ],
             ),
         ],
-    )));
-    devices
+    ))
 }
 
 fn virtio_slot(slot: &MmioDescription) -> Vec<u8> {
@@ -289,6 +312,9 @@ mod tests {
         assert_eq!(count(b"LNRO0005"), 28);
         assert_eq!(count(b"ACPI0013"), 1);
         assert_eq!(count(b"_S5_"), 1);
+        assert_eq!(count(b"VM_Gen_Counter\0"), 2);
+        let address = [b"ADDR\x12\x08\x02\x0c".as_slice(), &0xf_f000u32.to_le_bytes(), &[0]].concat();
+        assert_eq!(count(&address), 1);
         assert_eq!(count(b"V027"), 1);
         assert_eq!(count(&0xd001_b000u32.to_le_bytes()), 1, "the last slot's address");
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  boot structures (below), RAM from here on
-//! 0x000e_0000  ACPI tables; 0x000f_fff0 reset vector
+//! 0x000e_0000  ACPI tables; 0x000f_f000 generation id; 0x000f_fff0 reset vector
 //! 0x0010_0000  kernel, initramfs towards the end of RAM below the hole
 //! 0xc000_0000  hole: no RAM up to 4 GiB
 //! 0xd000_0000  virtio-mmio slots
@@ -35,6 +35,8 @@ pub const POWER_PORT: u16 = 0x600;
 pub const POWER_PORTS: u16 = 3;
 /// Interrupt of the generic event device, which carries the power button.
 pub const POWER_BUTTON_GSI: u32 = 5;
+/// Interrupt of the generic event device for a new generation id.
+pub const GENERATION_ID_GSI: u32 = 3;
 /// The keyboard controller's command port, by which old software resets a PC.
 pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 
@@ -50,6 +52,8 @@ pub(super) const CMDLINE: u64 = 0x2_0000;
 /// End of conventional memory; a PC's firmware keeps the KiB above.
 pub(super) const LOW_RAM_END: u64 = 0x9_fc00;
 pub(super) const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
+/// Sixteen bytes, which the guest finds by the ACPI tables.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where a PC's processor starts after a reset, in real mode.
 pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Start of memory that is free for a kernel.
@@ -74,6 +78,7 @@ mod tests {
             (CMDLINE, MAX_CMDLINE as u64 + 1),
             (LOW_RAM_END, 0x400),
             (ACPI_TABLES.start, ACPI_TABLES.end - ACPI_TABLES.start),
+            (GENERATION_ID, 16),
             (RESET_VECTOR, 16),
             (HIGH_RAM, 1),
         ];
