@@ -14,6 +14,7 @@ mod bootstrap;
 mod bundle;
 mod capabilities;
 mod checkpoint;
+mod clone;
 mod config;
 mod container;
 mod delete;
@@ -48,6 +49,7 @@ use std::process::ExitCode;
 pub const RUNTIME: &str = "io.containerd.spore.v2";
 
 pub use capabilities::keep_only;
+pub use clone::ANNOTATION as CLONE_FROM;
 pub use config::{Config, ConfigError};
 pub use error::chain;
 pub use guest::clean;
