@@ -56,7 +56,7 @@ pub use guest::clean;
 pub use network::probe;
 pub use rootfs::next_data;
 pub use rundir::{Running, running};
-pub use volumes::protocol;
+pub use volumes::{is_writable_bind, protocol};
 
 /// The whole program.
 pub fn run() -> ExitCode {
