@@ -146,7 +146,8 @@ fn of_store(error: &StoreError) -> Code {
     match error {
         StoreError::NoSuch { .. } => Code::NOT_FOUND,
         StoreError::Host { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NOT_FOUND,
-        StoreError::Exists { .. } => Code::ALREADY_EXISTS,
+        StoreError::Exists { .. } | StoreError::NameTaken { .. } => Code::ALREADY_EXISTS,
+        StoreError::BadName { .. } | StoreError::NoTemplate { .. } => Code::INVALID_ARGUMENT,
         StoreError::DiskFull { .. } | StoreError::NoRoom { .. } | StoreError::Quota { .. } => {
             Code::RESOURCE_EXHAUSTED
         }

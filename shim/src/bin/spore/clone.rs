@@ -6,7 +6,7 @@ mod plan;
 
 use std::time::{Duration, Instant};
 
-use containerd_shim_spore::snapshot::{SnapshotId, Store, StoreError};
+use containerd_shim_spore::snapshot::{SnapshotId, Store};
 use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,6 +18,7 @@ use crate::progress::Progress;
 use crate::remote::check_id;
 use crate::show;
 use crate::snapshot::create::{Wait, take};
+use crate::snapshot::discard;
 use make::{Made, Maker};
 use plan::{Plan, Wishes};
 
@@ -82,7 +83,8 @@ pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
     let maker = Maker { containerd: &containerd, namespace: &namespace, plan: &plan, snapshot: origin.id };
     let made = all(&maker, &names).await;
     if origin.taken.is_some() {
-        remove(&store, origin.id);
+        // They have what they need of it open, and disks of their own.
+        discard(&store, origin.id);
     }
     let made = made?;
     if let Some((stood, _)) = origin.taken {
@@ -142,19 +144,6 @@ async fn origin(global: &Global, args: &Args, store: &Store) -> Result<Origin, F
         detail: "its shim names a snapshot that has no id".into(),
     })?;
     Ok(Origin { id, taken: Some((Duration::from_nanos(answer.stood_ns), begun.elapsed())) })
-}
-
-/// The clones have what they need of it open, and their disks are their own.
-fn remove(store: &Store, id: SnapshotId) {
-    match store.remove(id) {
-        Ok(()) | Err(StoreError::NoSuch { .. }) => {}
-        Err(error) => {
-            let error = Failure::from(error);
-            eprintln!(
-                "spore: warning: the clones' snapshot stays: {error}; `spore snapshot rm {id}` removes it"
-            );
-        }
-    }
 }
 
 /// Makes them, some at a time; after a failure, or when somebody interrupts, no more are begun and all go again.

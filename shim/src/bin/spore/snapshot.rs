@@ -10,7 +10,7 @@ mod rm;
 mod transfer;
 
 use clap::Subcommand;
-use containerd_shim_spore::snapshot::Store;
+use containerd_shim_spore::snapshot::{SnapshotId, Store, StoreError};
 use containerd_shim_spore::{Config, chain};
 
 use crate::Global;
@@ -55,4 +55,15 @@ pub(crate) fn store() -> Result<Store, Failure> {
         )));
     }
     Ok(store)
+}
+
+/// Removes one that served its purpose; it goes by itself after a day if it cannot.
+pub(crate) fn discard(store: &Store, id: SnapshotId) {
+    match store.remove(id) {
+        Ok(()) | Err(StoreError::NoSuch { .. }) => {}
+        Err(error) => {
+            let error = Failure::from(error);
+            eprintln!("spore: warning: snapshot {id} stays for now: {error}");
+        }
+    }
 }
