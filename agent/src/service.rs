@@ -310,8 +310,21 @@ impl sandbox_ttrpc::Sandbox for Sandbox {
                 .and_then(|random| crate::sys::add_entropy(random.as_fd(), &request.entropy))
                 .map_err(|error| internal("add entropy", error))?;
         }
-        identity::renew(Path::new(identity::BOOT_ID)).map_err(|error| internal("make a boot id", error))?;
+        for path in [identity::BOOT_ID, identity::GENERATION] {
+            identity::renew(Path::new(path)).map_err(|error| internal(&format!("renew {path}"), error))?;
+        }
         Ok(sb::SetupResponse::default())
+    }
+
+    async fn identify(
+        &self,
+        _: &TtrpcContext,
+        request: sb::IdentifyRequest,
+    ) -> ttrpc::Result<sb::IdentifyResponse> {
+        let container = self.registry.find(&request.id).map_err(status)?;
+        let reset = detached(identity::identify(container, request.hostname)).await?;
+        let sockets = u32::try_from(reset).unwrap_or(u32::MAX);
+        Ok(sb::IdentifyResponse { sockets, ..Default::default() })
     }
 
     async fn info(&self, _: &TtrpcContext, _: sb::InfoRequest) -> ttrpc::Result<sb::InfoResponse> {

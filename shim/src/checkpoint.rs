@@ -11,6 +11,7 @@ use containerd_shim_protos::shim::oci::CheckpointOptions;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
+use crate::clone::Identity;
 use crate::config::Machine;
 use crate::error::Error;
 use crate::rootfs::Image;
@@ -139,6 +140,8 @@ pub(crate) struct Restored {
     /// The writable one's serial and layers, from the bottom up.
     pub(crate) writable: (String, Vec<File>),
     pub(crate) volumes: Option<SavedVolumes>,
+    /// What it gets of its own, if it is a clone.
+    pub(crate) identity: Option<Identity>,
 }
 
 impl Restored {
@@ -150,7 +153,7 @@ impl Restored {
         Self::new(&opened)
     }
 
-    fn new(opened: &Opened) -> Result<Self, ImportError> {
+    pub(crate) fn new(opened: &Opened) -> Result<Self, ImportError> {
         let Opened { manifest, state, volumes, .. } = opened;
         let unfit = |detail: &str| ImportError::Entry { name: FILE.into(), detail: detail.into() };
         let remembered = Remembered::of(&manifest.labels)
@@ -196,7 +199,8 @@ impl Restored {
             }
             _ => None,
         };
-        Ok(Self { remembered, vcpus: manifest.vcpus, state, memory, lower, writable, volumes })
+        let (vcpus, identity) = (manifest.vcpus, None);
+        Ok(Self { remembered, vcpus, state, memory, lower, writable, volumes, identity })
     }
 }
 

@@ -15,7 +15,9 @@ pub(crate) const PATH: &str = "/etc/spore/config.toml";
 pub(crate) const PATH_VARIABLE: &str = "SPORE_CONFIG";
 
 const PREFIX: &str = "io.spore.";
-const ALLOWED: [&str; 9] = [
+const ALLOWED: [&str; 10] = [
+    // See `crate::clone`.
+    "clone-from",
     "vcpus",
     "memory_mib",
     "writable_size_mib",

@@ -22,7 +22,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
-use slog::{Logger, warn};
+use slog::{Logger, info, warn};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use ttrpc::Code;
@@ -33,6 +33,7 @@ pub(crate) use self::exec::Exec;
 use self::limits::Checked;
 use self::merge::Merging;
 use crate::checkpoint::blocking;
+use crate::clone::Identity;
 use crate::error::Error;
 use crate::events::Events;
 use crate::guest::{Guest, GuestError, GuestProcess};
@@ -107,6 +108,8 @@ pub(crate) struct Container {
     changes: Option<Changes>,
     /// Whether it comes out of a checkpoint.
     restored: bool,
+    /// Of a clone, before it runs.
+    identity: Option<Identity>,
     /// It ends with the checkpoint that has just been taken.
     leaving: AtomicBool,
     disks: tokio::sync::Mutex<HeldDisks>,
@@ -121,6 +124,7 @@ pub(crate) struct Parts {
     pub(crate) guest_id: String,
     /// It comes out of a checkpoint: it is started by being thawed.
     pub(crate) restored: bool,
+    pub(crate) identity: Option<Identity>,
     pub(crate) terminal: bool,
     pub(crate) disks: HeldDisks,
     pub(crate) bundle: String,
@@ -141,6 +145,7 @@ impl Container {
             id: parts.id,
             guest_id: parts.guest_id,
             restored: parts.restored,
+            identity: parts.identity,
             leaving: AtomicBool::new(false),
             terminal: parts.terminal,
             disks: tokio::sync::Mutex::new(parts.disks),
@@ -183,6 +188,12 @@ impl Container {
         if let Some(disk) = restored {
             // Before anything is written to it.
             blocking(move || disk.keep()).await?;
+            if let Some(identity) = &self.identity {
+                // Its network is its own by now.
+                let identified = self.guest.identify(&self.guest_id, identity);
+                let reset = with_vm(&self.vm, "giving the clone its identity", identified).await?;
+                info!(self.log, "clone"; "hostname" => &identity.hostname, "sockets_reset" => reset);
+            }
             with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
         } else {
             with_vm(&self.vm, "starting the container", self.guest.start(&self.guest_id, "")).await?;

@@ -4,6 +4,7 @@
 use ttrpc::Code;
 
 use crate::bundle::BundleError;
+use crate::clone::CloneError;
 use crate::config::ConfigError;
 use crate::guest::GuestError;
 use crate::holder::HolderError;
@@ -65,6 +66,8 @@ pub(crate) enum Error {
     Snapshot(#[from] StoreError),
     #[error(transparent)]
     Import(#[from] ImportError),
+    #[error(transparent)]
+    Clone(#[from] CloneError),
 }
 
 impl Error {
@@ -87,20 +90,14 @@ impl Error {
                 }
                 VolumeError::Server { .. } | VolumeError::Refused { .. } => Code::INTERNAL,
             },
-            Self::Snapshot(error) | Self::Import(ImportError::Store(error)) => match error {
-                StoreError::NoSuch { .. } => Code::NOT_FOUND,
-                StoreError::Host { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                    Code::NOT_FOUND
-                }
-                StoreError::Exists { .. } => Code::ALREADY_EXISTS,
-                StoreError::DiskFull { .. } | StoreError::NoRoom { .. } | StoreError::Quota { .. } => {
-                    Code::RESOURCE_EXHAUSTED
-                }
-                StoreError::Manifest { .. } | StoreError::File { .. } => Code::INVALID_ARGUMENT,
-                _ => Code::INTERNAL,
+            Self::Snapshot(error) => of_store(error),
+            Self::Import(error) => of_import(error),
+            Self::Clone(error) => match error {
+                CloneError::Store(error) => of_store(error),
+                CloneError::Unfit(error) => of_import(error),
+                CloneError::Both => Code::INVALID_ARGUMENT,
+                CloneError::Foreign { .. } => Code::FAILED_PRECONDITION,
             },
-            Self::Import(ImportError::Read(_)) => Code::INTERNAL,
-            Self::Import(_) => Code::INVALID_ARGUMENT,
             Self::Network(error) if error.is_refusal() => Code::FAILED_PRECONDITION,
             Self::Network(_) => Code::INTERNAL,
             Self::Config(_) => Code::INVALID_ARGUMENT,
@@ -142,6 +139,28 @@ impl Error {
                 GuestError::Connect { .. } => Code::INTERNAL,
             },
         }
+    }
+}
+
+fn of_store(error: &StoreError) -> Code {
+    match error {
+        StoreError::NoSuch { .. } => Code::NOT_FOUND,
+        StoreError::Host { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NOT_FOUND,
+        StoreError::Exists { .. } | StoreError::NameTaken { .. } => Code::ALREADY_EXISTS,
+        StoreError::BadName { .. } | StoreError::NoTemplate { .. } => Code::INVALID_ARGUMENT,
+        StoreError::DiskFull { .. } | StoreError::NoRoom { .. } | StoreError::Quota { .. } => {
+            Code::RESOURCE_EXHAUSTED
+        }
+        StoreError::Manifest { .. } | StoreError::File { .. } => Code::INVALID_ARGUMENT,
+        _ => Code::INTERNAL,
+    }
+}
+
+fn of_import(error: &ImportError) -> Code {
+    match error {
+        ImportError::Store(error) => of_store(error),
+        ImportError::Read(_) => Code::INTERNAL,
+        _ => Code::INVALID_ARGUMENT,
     }
 }
 

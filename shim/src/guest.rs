@@ -23,6 +23,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
+use crate::clone::Identity;
 use crate::network::mirror::Mirror;
 use crate::vm::Vm;
 
@@ -196,6 +197,23 @@ impl Guest {
             .await
             .map(drop)
             .map_err(|error| failed("set-up", error))
+    }
+
+    /// Gives a paused container of a clone what is its own; returns how many connections were reset.
+    pub(crate) async fn identify(&self, id: &str, identity: &Identity) -> Result<u32, GuestError> {
+        let (id, hostname) = (id.into(), identity.hostname.clone());
+        let request = sandbox::IdentifyRequest { id, hostname, ..Default::default() };
+        match self.sandbox.identify(with_duration(CALL), &request).await {
+            Ok(answer) => Ok(answer.sockets),
+            Err(error) => Err(match failed("identify", error) {
+                // The agent is in the snapshot.
+                GuestError::Refused { call, code: code @ Code::UNIMPLEMENTED, .. } => {
+                    let message = "the snapshot was taken with an agent that cannot give a clone an identity of its own; take another one".into();
+                    GuestError::Refused { call, code, message }
+                }
+                other => other,
+            }),
+        }
     }
 
     pub(crate) async fn create(

@@ -14,6 +14,7 @@ mod bootstrap;
 mod bundle;
 mod capabilities;
 mod checkpoint;
+mod clone;
 mod config;
 mod container;
 mod delete;
@@ -48,13 +49,14 @@ use std::process::ExitCode;
 pub const RUNTIME: &str = "io.containerd.spore.v2";
 
 pub use capabilities::keep_only;
+pub use clone::ANNOTATION as CLONE_FROM;
 pub use config::{Config, ConfigError};
 pub use error::chain;
 pub use guest::clean;
 pub use network::probe;
 pub use rootfs::next_data;
 pub use rundir::{Running, running};
-pub use volumes::protocol;
+pub use volumes::{is_writable_bind, protocol};
 
 /// The whole program.
 pub fn run() -> ExitCode {

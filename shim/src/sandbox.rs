@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use self::machine::{Ground, Ready};
 use crate::bundle::Bundle;
 use crate::checkpoint::{self, Restored};
+use crate::clone::{self, Identity};
 use crate::config::Config;
 use crate::container::{Container, Parts, with_vm};
 use crate::error::Error;
@@ -255,6 +256,7 @@ impl Sandbox {
         let ground =
             Ground { vm: &vm, files: &files, bundle: &bundle, dir: &dir, wanted: &wanted, adopted: &adopted };
         let remembered = restored.as_ref().map(|restored| restored.remembered.clone());
+        let identity = restored.as_ref().and_then(|restored| restored.identity.clone());
         let ready = async {
             match restored {
                 None => self.bring_up(&ground, source).await,
@@ -292,6 +294,7 @@ impl Sandbox {
             id: id.into(),
             guest_id,
             restored: remembered.is_some(),
+            identity,
             terminal,
             disks,
             bundle: bundle.path.display().to_string(),
@@ -311,17 +314,28 @@ impl Sandbox {
         Ok(container)
     }
 
-    /// The checkpoint that a task is to be created from, if there is one. The bundle's volumes come into its order.
+    /// The checkpoint that a task is to be created from, or the snapshot that it is to be a clone of, if there is one. The
+    /// bundle's volumes come into its order, and a clone's host name into the bundle.
     async fn checkpointed(
         &self,
         request: &CreateTaskRequest,
         bundle: &mut Bundle,
     ) -> Result<Option<Restored>, Error> {
-        if request.checkpoint.is_empty() {
-            return Ok(None);
-        }
-        let (store, path) = (self.store(), request.checkpoint.clone());
-        let restored = checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await?;
+        let source = clone::source(&bundle.annotations, &request.checkpoint)?.map(str::to_owned);
+        let store = self.store();
+        let restored = match source {
+            None if request.checkpoint.is_empty() => return Ok(None),
+            None => {
+                let path = request.checkpoint.clone();
+                checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await?
+            }
+            Some(source) => {
+                let (namespace, identity) =
+                    (self.context.namespace.clone(), Identity::new(&bundle.hostname, &request.id));
+                bundle.hostname.clone_from(&identity.hostname);
+                checkpoint::blocking(move || clone::open(&store, &namespace, &source, identity)).await?
+            }
+        };
         let saved = restored.volumes.as_ref().map_or(&[][..], |saved| &saved.exports);
         bundle.volumes = volumes::matched(saved, &bundle.volumes)?;
         Ok(Some(restored))

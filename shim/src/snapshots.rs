@@ -12,6 +12,7 @@ use crate::api::v1::snapshots::{CreateRequest, CreateResponse};
 use crate::api::v1::snapshots_ttrpc::{self, create_snapshots};
 use crate::error::Error;
 use crate::sandbox::Sandbox;
+use crate::snapshot::manifest::Purpose;
 use crate::task::to_the_end;
 
 /// The method table.
@@ -31,7 +32,9 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
         })?;
         let container = self.sandbox.container(&request.id)?;
         let store = self.sandbox.store();
-        let underway = to_the_end("snapshot", async move { container.snapshot(store).await }).await?;
+        let purpose = if request.passing { Purpose::Checkpoint } else { Purpose::Snapshot };
+        let underway =
+            to_the_end("snapshot", async move { container.snapshot(store, purpose).await }).await?;
         let answer = CreateResponse {
             snapshot: underway.id.to_string(),
             stood_ns: u64::try_from(underway.stood.as_nanos()).unwrap_or(u64::MAX),

@@ -14,11 +14,12 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use crate::say;
 
 /// Lists in the initramfs: what every guest needs, what one needs that runs for more than a
-/// moment, and what one with volumes or with NICs needs besides.
+/// moment, and what one with volumes or with NICs, or one that is a clone, needs besides.
 pub const BOOT: &str = "/etc/spore/modules";
 pub const LATER: &str = "/etc/spore/modules.later";
 pub const VOLUMES: &str = "/etc/spore/modules.volumes";
 pub const NETWORK: &str = "/etc/spore/modules.network";
+pub const CLONE: &str = "/etc/spore/modules.clone";
 
 /// One line of the list.
 #[derive(Debug, PartialEq, Eq)]

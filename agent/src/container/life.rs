@@ -239,15 +239,27 @@ impl Container {
         act: impl FnOnce(Changes) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let life = self.life.lock().await;
+        let changes = self.standing(&life)?.changes();
+        blocking(move || act(changes)).await
+    }
+
+    /// The same with its root, as its disks have it: what is mounted in the container is not there.
+    pub async fn with_root<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&Path) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let life = self.life.lock().await;
+        let root = self.standing(&life)?.root().to_owned();
+        blocking(move || act(&root)).await
+    }
+
+    fn standing<'a>(&self, life: &'a Life) -> Result<&'a Rootfs> {
         let name = self.name_of("");
         if self.init.status() == Status::Running && !self.is_paused() {
             return Err(AgentError::FailedPrecondition(format!("{name}: runs; pause it first")));
         }
         let rootfs = life.rootfs.as_ref();
-        let rootfs =
-            rootfs.ok_or_else(|| AgentError::NotFound(format!("{name}: its disks are unmounted")))?;
-        let changes = rootfs.changes();
-        blocking(move || act(changes)).await
+        rootfs.ok_or_else(|| AgentError::NotFound(format!("{name}: its disks are unmounted")))
     }
 
     /// Changes limits.

@@ -104,6 +104,11 @@ impl Rootfs {
         }
     }
 
+    /// Where it is mounted, in the guest's own mount namespace.
+    pub fn root(&self) -> &Path {
+        &self.target
+    }
+
     pub fn changes(&self) -> Changes {
         self.changes.clone()
     }

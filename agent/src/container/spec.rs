@@ -6,7 +6,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, MountBuilder, Process, RootBuilder, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, RootBuilder, Spec};
 use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
@@ -66,7 +66,7 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     let hooks = guest_hooks(spec.hooks().as_ref())?;
     spec.set_hooks(hooks);
     let has_volumes = check_mounts(&mut spec)?;
-    hide_boot_id(&mut spec)?;
+    show_identity(&mut spec)?;
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json: has no linux section"))?;
     linux.set_mount_label(None);
@@ -197,22 +197,11 @@ fn check_mounts(spec: &mut Spec) -> Result<bool> {
     Ok(has_volumes)
 }
 
-/// Where there is a `/proc`, its boot id is the sandbox's, see [`identity`].
-fn hide_boot_id(spec: &mut Spec) -> Result<()> {
+/// Where it can, the container sees what tells its guest from others, see [`identity`].
+fn show_identity(spec: &mut Spec) -> Result<()> {
     let Some(mounts) = spec.mounts_mut() else { return Ok(()) };
-    let is_proc =
-        |mount: &Mount| mount.destination() == Path::new("/proc") && mount.typ().as_deref() == Some("proc");
-    if mounts.iter().any(is_proc) {
-        let options = ["bind", "ro", "nosuid", "nodev", "noexec"].map(String::from).to_vec();
-        let mount = MountBuilder::default()
-            .destination(identity::KERNELS)
-            .typ("bind")
-            .source(identity::BOOT_ID)
-            .options(options)
-            .build()
-            .map_err(|error| AgentError::internal("config.json: boot id", error))?;
-        mounts.push(mount);
-    }
+    let shown = identity::shown(mounts)?;
+    mounts.extend(shown);
     Ok(())
 }
 

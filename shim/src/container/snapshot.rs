@@ -26,13 +26,17 @@ pub(crate) struct Underway {
 impl Container {
     /// Returns when the container goes on. What is written then has one owner, the task that writes it: whatever ends
     /// that takes the half-made draft away.
-    pub(crate) async fn snapshot(self: &Arc<Self>, store: Store) -> Result<Underway, Error> {
+    pub(crate) async fn snapshot(
+        self: &Arc<Self>,
+        store: Store,
+        purpose: Purpose,
+    ) -> Result<Underway, Error> {
         let (turn, taken) = self.stand_and_take(&store, false).await?;
         drop(turn);
         let (id, stood, times) = (taken.id(), taken.stood, taken.times());
         let this = Arc::clone(self);
         let writing = tokio::spawn(async move {
-            let finished = this.finish(taken, Purpose::Snapshot).await;
+            let finished = this.finish(taken, purpose).await;
             tokio::spawn(Arc::clone(&this).look_after_layers());
             match finished {
                 Ok(_) => {

@@ -15,6 +15,12 @@ pub enum StoreError {
     NoSuch { wanted: String, store: PathBuf },
     #[error("snapshot {wanted:?}: {count} snapshots are meant by that; give the id")]
     Ambiguous { wanted: String, count: usize },
+    #[error("template {name:?}: {detail}")]
+    BadName { name: String, detail: &'static str },
+    #[error("template {name:?}: snapshot {id} has this name; remove it, or choose another name")]
+    NameTaken { name: String, id: SnapshotId },
+    #[error("snapshot {wanted:?}: it is no template; `spore snapshot rm` removes it")]
+    NoTemplate { wanted: String },
     #[error("snapshot {id}: there is another one with this id; remove it first")]
     Exists { id: SnapshotId },
     #[error("snapshot {id}: {source}")]

@@ -97,9 +97,9 @@ impl From<SnapshotId> for String {
 pub enum Purpose {
     /// Asked for by a user.
     Snapshot,
-    /// Written for, or brought by, a client of containerd.
+    /// Written for, or brought by, a client of containerd, or of use for one command; not kept for long.
     Checkpoint,
-    /// Made again when it is missing.
+    /// Named by a user, for containers of all namespaces to begin with.
     Template,
     /// The only form in which its task exists: never pruned.
     Hibernation,

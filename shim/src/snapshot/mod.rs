@@ -18,7 +18,7 @@
 //! * All of it is the guest's memory, so secrets: directories are 0700, files 0600.
 //!
 //! Rooms: [`manifest`] the format, `store` what there is, `draft` making one, `opened` one that is read,
-//! `room` quota, pruning and admission, `sparse` digests and extents of sparse files, `pack` + `export` +
+//! `room` quota, pruning and admission, `template` names, `sparse` digests and extents of sparse files, `pack` + `export` +
 //! `import` snapshots in tar streams and in other directories.
 
 mod draft;
@@ -31,6 +31,7 @@ mod pack;
 mod room;
 mod sparse;
 mod store;
+mod template;
 #[cfg(test)]
 mod tests;
 

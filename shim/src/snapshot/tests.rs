@@ -3,6 +3,7 @@ mod damaged;
 mod hostile;
 mod kill;
 mod room;
+mod template;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};

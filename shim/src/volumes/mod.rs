@@ -68,6 +68,11 @@ pub(crate) fn is_bind(kind: &str, options: &[impl AsRef<str>]) -> bool {
     binds(kind) || options.iter().any(|option| binds(option.as_ref()))
 }
 
+/// Whether it does, and what is written there is written on the host.
+pub fn is_writable_bind(kind: &str, options: &[String]) -> bool {
+    is_bind(kind, options) && !Volume::new(PathBuf::new(), Path::new(""), options).read_only
+}
+
 /// How the guest's spec names the volume with this number.
 pub(crate) fn guest_path(number: usize) -> String {
     format!("{VOLUMES_DIR}/{number}")
@@ -141,6 +146,12 @@ mod tests {
         assert!(!volume(path, &["rbind"]).read_only && volume(path, &["rbind"]).recursive);
         assert!(volume(path, &["bind", "rw", "ro"]).read_only && !volume(path, &["bind"]).recursive);
         assert!(!volume(path, &["ro", "rw"]).read_only);
+        let options =
+            |options: &[&str]| options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
+        assert!(is_writable_bind("bind", &[]) && is_writable_bind("none", &options(&["bind", "ro", "rw"])));
+        assert!(
+            !is_writable_bind("bind", &options(&["ro"])) && !is_writable_bind("tmpfs", &options(&["rw"]))
+        );
         assert!(is_bind("bind", &[""]) && is_bind("", &["ro", "rbind"]) && !is_bind("tmpfs", &["ro"]));
     }
 

@@ -60,6 +60,15 @@ impl Containerd {
         Ok(answer.into_inner().namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
+    /// The ids of all containers, whatever runs them.
+    pub(crate) async fn ids(&self, namespace: &Namespace) -> Result<Vec<String>, Failure> {
+        let request = ListContainersRequest { filters: Vec::new() };
+        let answer = self.client.containers().list(namespace.call(request)).await;
+        let containers =
+            answer.map_err(of_containerd(&self.address, "list containers"))?.into_inner().containers;
+        Ok(containers.into_iter().map(|container| container.id).collect())
+    }
+
     /// Those that run with Spore.
     pub(crate) async fn containers(&self, namespace: &Namespace) -> Result<Vec<Container>, Failure> {
         let request = ListContainersRequest { filters: vec![format!("runtime.name=={RUNTIME}")] };

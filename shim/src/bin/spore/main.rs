@@ -4,6 +4,7 @@
 //! file for each verb; `show` is all output, `failure` all errors and exit statuses. What comes
 //! from a guest is not believed: `remote` checks it, `show` escapes it.
 
+mod clone;
 mod containerd;
 mod cp;
 mod doctor;
@@ -15,6 +16,7 @@ mod ps;
 mod remote;
 mod show;
 mod snapshot;
+mod template;
 
 use std::process::ExitCode;
 
@@ -81,6 +83,11 @@ enum Verb {
     /// Take snapshots of containers, and look after those that there are
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
+    /// Keep containers that are warmed up under a name, for others to begin with
+    #[command(subcommand)]
+    Template(template::Verb),
+    /// Make running copies of a container, each with an identity of its own
+    Clone(clone::Args),
 }
 
 fn main() -> ExitCode {
@@ -100,6 +107,8 @@ fn main() -> ExitCode {
             Verb::Cp(args) => cp::run(&global, args).await,
             Verb::Fs(verb) => fs::run(&global, verb).await,
             Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
+            Verb::Template(verb) => template::run(&global, verb).await,
+            Verb::Clone(args) => clone::run(&global, args).await,
         }
     });
     // A thread may still wait for input that nobody needs.
@@ -155,6 +164,11 @@ mod tests {
             "spore ps --bad",
             "spore snapshot create web --wait forever",
             "spore snapshot rm",
+            "spore clone",
+            "spore template create warm",
+            "spore template create warm --from web --snapshot 0123",
+            "spore template prune --older-than 3",
+            "spore clone web --count 0",
         ] {
             let error = parse(line).map(|_| ()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -201,12 +201,18 @@ impl Watching {
 
 /// A connection to the shim of a container.
 pub(crate) async fn shim_of(global: &Global, id: &str) -> Result<Client, Failure> {
+    check_id(id)?;
+    let address = address_of(global, id)?;
+    Client::connect(&address).await.map_err(|error| Failure::of_shim(id, error))
+}
+
+/// Whether there can be such a container.
+pub(crate) fn check_id(id: &str) -> Result<(), Failure> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(good) || id.starts_with('.') {
         return Err(Failure::Usage(format!("{id:?} is not the id of a container")));
     }
-    let address = address_of(global, id)?;
-    Client::connect(&address).await.map_err(|error| Failure::of_shim(id, error))
+    Ok(())
 }
 
 /// The socket of the shim: where containerd's address, namespace and id put it, else where the

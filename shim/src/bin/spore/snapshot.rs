@@ -1,7 +1,7 @@
 //! `spore snapshot`: snapshots of containers, which their shims take (`create`), and what is in this host's store of
 //! them, which every other verb reads and changes itself (`containerd_shim_spore::snapshot`).
 
-mod create;
+pub(crate) mod create;
 mod export;
 mod import;
 mod inspect;
@@ -10,7 +10,7 @@ mod rm;
 mod transfer;
 
 use clap::Subcommand;
-use containerd_shim_spore::snapshot::Store;
+use containerd_shim_spore::snapshot::{SnapshotId, Store, StoreError};
 use containerd_shim_spore::{Config, chain};
 
 use crate::Global;
@@ -45,7 +45,7 @@ pub(crate) async fn run(global: &Global, verb: Verb) -> Result<u8, Failure> {
 }
 
 /// The store of this host.
-fn store() -> Result<Store, Failure> {
+pub(crate) fn store() -> Result<Store, Failure> {
     let config = Config::load().map_err(|error| Failure::Refused(chain(&error)))?;
     let store = Store::new(&config.state_dir);
     if !nix::unistd::geteuid().is_root() {
@@ -55,4 +55,15 @@ fn store() -> Result<Store, Failure> {
         )));
     }
     Ok(store)
+}
+
+/// Removes one that served its purpose; it goes by itself after a day if it cannot.
+pub(crate) fn discard(store: &Store, id: SnapshotId) {
+    match store.remove(id) {
+        Ok(()) | Err(StoreError::NoSuch { .. }) => {}
+        Err(error) => {
+            let error = Failure::from(error);
+            eprintln!("spore: warning: snapshot {id} stays for now: {error}");
+        }
+    }
 }

@@ -37,32 +37,32 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// How long a program may take to show what it does.
-const SHOWN: Duration = Duration::from_secs(60);
+pub(super) const SHOWN: Duration = Duration::from_secs(60);
 
 /// Counts in memory and, by the same step, on its disk; tells both when it is asked.
-const COUNTER: &str = "echo 0 > /n; n=0; while :; do n=$((n+1)); echo $n > /next; mv /next /n; \
+pub(super) const COUNTER: &str = "echo 0 > /n; n=0; while :; do n=$((n+1)); echo $n > /next; mv /next /n; \
     if [ -e /ask ]; then rm /ask; echo $n $(cat /n) > /told; fi; usleep 1000; done";
 
 /// Containers, checkpoint images: removed with the value.
-struct Scene {
-    subject: Subject,
+pub(super) struct Scene {
+    pub(super) subject: Subject,
     containers: Vec<String>,
     images: Vec<String>,
     waiting: Vec<Running>,
 }
 
 impl Scene {
-    fn new(subject: &Subject) -> Self {
+    pub(super) fn new(subject: &Subject) -> Self {
         Self { subject: subject.clone(), containers: Vec::new(), images: Vec::new(), waiting: Vec::new() }
     }
 
-    fn name(&mut self, what: &str) -> String {
+    pub(super) fn name(&mut self, what: &str) -> String {
         let id = self.subject.id(what);
         self.containers.push(id.clone());
         id
     }
 
-    fn start(&mut self, what: &str, script: &str) -> Result<String> {
+    pub(super) fn start(&mut self, what: &str, script: &str) -> Result<String> {
         let id = self.name(what);
         let runtime = self.subject.runtime.id();
         self.subject.must(&["run", "--detach", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", script])?;
@@ -88,6 +88,16 @@ impl Scene {
         Ok(image)
     }
 
+    /// The name that was made up last.
+    pub(super) fn last(&self) -> String {
+        self.containers.last().cloned().unwrap_or_default()
+    }
+
+    /// What somebody else has made under a name.
+    pub(super) fn adopt(&mut self, id: &str) {
+        self.containers.push(id.to_owned());
+    }
+
     fn restore(&mut self, what: &str, image: &str) -> Result<String> {
         let id = self.name(what);
         // It waits for the task's end, as `ctr run` does.
@@ -96,13 +106,13 @@ impl Scene {
         Ok(id)
     }
 
-    fn shell(&self, id: &str, script: &str) -> Result<Output> {
+    pub(super) fn shell(&self, id: &str, script: &str) -> Result<Output> {
         let exec = self.subject.id("exec");
         self.subject.ctr(&["tasks", "exec", "--exec-id", &exec, id, "sh", "-c", script])?.run()
     }
 
     /// What a script says once it succeeds.
-    fn says(&self, id: &str, script: &str) -> Result<String> {
+    pub(super) fn says(&self, id: &str, script: &str) -> Result<String> {
         let deadline = Instant::now() + SHOWN;
         loop {
             let output = self.shell(id, script)?;
@@ -113,7 +123,7 @@ impl Scene {
         }
     }
 
-    fn counted(&self, id: &str) -> Result<(u64, u64)> {
+    pub(super) fn counted(&self, id: &str) -> Result<(u64, u64)> {
         self.says(id, "rm -f /told; touch /ask")?;
         let told = self.says(id, "cat /told")?;
         let numbers: Vec<u64> = told.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;

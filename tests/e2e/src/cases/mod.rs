@@ -4,6 +4,7 @@ mod bad_command;
 mod bad_config;
 mod bad_host;
 mod checkpoint;
+mod clone;
 mod command;
 mod copy;
 mod environment;
@@ -117,6 +118,7 @@ pub(crate) fn all() -> Vec<Case> {
         signals::CASES,
         tasks::CASES,
         checkpoint::CASES,
+        clone::CASES,
         vmm::CASES,
         rootfs::CASES,
         environment::CASES,

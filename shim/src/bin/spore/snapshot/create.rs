@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use containerd_shim_spore::api::v1::snapshots::CreateRequest;
 use containerd_shim_spore::api::v1::snapshots::create_request::Wait as Told;
+use containerd_shim_spore::api::v1::snapshots::{CreateRequest, CreateResponse};
 use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
 use serde_json::json;
 use ttrpc::context::Context;
@@ -37,28 +37,7 @@ pub(crate) enum Wait {
 
 pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let Args { container, wait } = args;
-    let client = SnapshotsClient::new(shim_of(global, &container).await?);
-    let told = if wait == Wait::Durable { Told::DURABLE } else { Told::RESUMED };
-    let request = CreateRequest { id: container.clone(), wait: told.into(), ..Default::default() };
-    // As long as it takes: the shim bounds each step, and its end ends the call.
-    let call = client.create(Context::default(), &request);
-    tokio::pin!(call);
-    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
-    let interrupted = tokio::signal::ctrl_c();
-    tokio::pin!(interrupted);
-    let answer = loop {
-        tokio::select! {
-            answer = &mut call => break answer,
-            _ = &mut interrupted => {
-                progress.finish();
-                eprintln!("spore: warning: the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there");
-                return Err(Failure::Interrupted);
-            }
-            _ = ticks.tick() => progress.now(0, &format!("writing the snapshot of {container}")),
-        }
-    };
-    progress.finish();
-    let answer = answer.map_err(|error| Failure::of_shim(&container, error))?;
+    let answer = take(global, &container, wait, false).await?;
     if !global.json {
         return show::line(&answer.snapshot);
     }
@@ -72,4 +51,36 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
         "fork_ns": answer.fork_ns,
         "switch_ns": answer.switch_ns,
     }))
+}
+
+/// Has the container's shim take one; nobody keeps a `passing` one.
+pub(crate) async fn take(
+    global: &Global,
+    container: &str,
+    wait: Wait,
+    passing: bool,
+) -> Result<CreateResponse, Failure> {
+    let client = SnapshotsClient::new(shim_of(global, container).await?);
+    let told = if wait == Wait::Durable { Told::DURABLE } else { Told::RESUMED };
+    let request = CreateRequest { id: container.into(), wait: told.into(), passing, ..Default::default() };
+    // As long as it takes: the shim bounds each step, and its end ends the call.
+    let call = client.create(Context::default(), &request);
+    tokio::pin!(call);
+    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(interrupted);
+    let answer = loop {
+        tokio::select! {
+            answer = &mut call => break answer,
+            _ = &mut interrupted => {
+                progress.finish();
+                let goes = if passing { "; it goes by itself after a day" } else { "" };
+                eprintln!("spore: warning: the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there{goes}");
+                return Err(Failure::Interrupted);
+            }
+            _ = ticks.tick() => progress.now(0, &format!("writing the snapshot of {container}")),
+        }
+    };
+    progress.finish();
+    answer.map_err(|error| Failure::of_shim(container, error))
 }
