@@ -9,6 +9,7 @@ mod copy;
 mod environment;
 mod events;
 mod files;
+mod guest_spec;
 mod killed;
 mod leftovers;
 mod matrix;
@@ -122,6 +123,7 @@ pub(crate) fn all() -> Vec<Case> {
         events::CASES,
         command::CASES,
         files::CASES,
+        guest_spec::CASES,
         copy::CASES,
         bad_command::CASES,
         bad_config::CASES,
