@@ -1,6 +1,7 @@
 //! The OCI bundle: reads and checks `config.json`, takes from it what the host side
 //! needs, and makes the copy that the guest gets (without host paths and host hooks).
 
+pub(crate) mod confinement;
 mod devices;
 
 use std::borrow::Cow;
@@ -65,6 +66,8 @@ pub(crate) struct Bundle {
     /// Host directories and files; the guest's spec names them by their place here.
     pub(crate) volumes: Vec<Volume>,
     pub(crate) oci_version: String,
+    /// Fields that have no effect in a virtual machine, for the log.
+    pub(crate) unheeded: Vec<String>,
 }
 
 impl Bundle {
@@ -105,6 +108,7 @@ impl Bundle {
         let limits = limits(&spec);
         check_memory(&path, &limits)?;
         devices::check(&path, &spec)?;
+        confinement::check(&path, &spec)?;
         let root =
             spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
         let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
@@ -121,6 +125,7 @@ impl Bundle {
             hooks,
             volumes,
             oci_version: spec.version().clone(),
+            unheeded: confinement::unheeded(&spec),
         })
     }
 }

@@ -108,7 +108,7 @@ impl Hooks {
         }
     }
 
-    /// Runs the hooks of one point in order, to the first that fails.
+    /// Runs the hooks of one point in order: to the first that fails, or all of them where a failure changes nothing any more.
     pub(crate) async fn run(&self, point: Point, told: &Told) -> Result<(), HookError> {
         let list = match point {
             Point::Prestart => &self.prestart,
@@ -116,10 +116,16 @@ impl Hooks {
             Point::Poststart => &self.poststart,
             Point::Poststop => &self.poststop,
         };
+        let mut outcome = Ok(());
         for (index, hook) in list.iter().enumerate() {
-            run(hook, point, index, &told.state(point)).await?;
+            let ran = run(hook, point, index, &told.state(point)).await;
+            match point {
+                Point::Prestart | Point::CreateRuntime => ran?,
+                // The first failure is the one that is told.
+                Point::Poststart | Point::Poststop => outcome = outcome.and(ran),
+            }
         }
-        Ok(())
+        outcome
     }
 }
 
@@ -192,6 +198,23 @@ mod tests {
             bundle: "/b".into(),
             annotations: [("a".into(), "1".into())].into(),
         }
+    }
+
+    #[tokio::test]
+    async fn after_the_start_a_failure_keeps_no_other_hook_from_running() {
+        let directory = tempfile::tempdir().unwrap();
+        let noted = directory.path().join("noted");
+        let list = json!([
+            { "path": "/bin/sh", "args": ["sh", "-c", "echo first >&2; exit 4"] },
+            { "path": "/bin/sh", "args": ["sh", "-c", "echo second >&2; exit 5"] },
+            { "path": "/bin/sh", "args": ["sh", "-c", format!("echo ran >{}", noted.display())] }
+        ]);
+        let hooks = serde_json::from_value(json!({ "poststop": list, "createRuntime": list })).unwrap();
+        let hooks = Hooks::of(&hooks);
+        let failed = hooks.run(Point::CreateRuntime, &told()).await.unwrap_err().to_string();
+        assert!(failed.contains("first") && !noted.exists(), "{failed}");
+        let failed = hooks.run(Point::Poststop, &told()).await.unwrap_err().to_string();
+        assert!(failed.contains("first") && noted.exists(), "{failed}");
     }
 
     #[tokio::test]

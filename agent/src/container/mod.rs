@@ -6,7 +6,7 @@
 //! * [`cgroup`]: everything that belongs to a container, by its cgroup.
 //! * [`devices`]: which device nodes it may use.
 //! * [`process`]: one process, [`exec`]: further ones, [`life`]: the container around them.
-//! * [`update`], [`oom`]: its limits changed, and met.
+//! * [`block_io`], [`update`], [`oom`]: its limits made the guest's, changed, and met.
 //! * [`registry`]: the requests.
 
 use std::fs;
@@ -14,6 +14,7 @@ use std::path::Path;
 
 use crate::error::{AgentError, Result};
 
+pub mod block_io;
 pub mod cgroup;
 pub mod devices;
 pub mod disks;

@@ -2,15 +2,15 @@
 //!
 //! The guest is a machine of its own: what names things of the host (namespace paths, bind
 //! sources other than the exports of its volumes, host hooks) is refused with a message, what merely describes the host's policy
-//! (AppArmor, SELinux, Intel RDT) is dropped, because the guest has none of it.
+//! (AppArmor, SELinux, Intel RDT) is dropped, because the guest has none of it: the shim has refused what would be missed.
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, RootBuilder, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Process, RootBuilder, Spec};
 use spore_agent_api::{MAX_SPEC, MOUNT_TYPES};
 
 use super::devices::{self, Rule};
-use super::{update, volumes};
+use super::{block_io, volumes};
 use crate::error::{AgentError, Result};
 use crate::identity;
 use crate::network::namespace;
@@ -71,11 +71,12 @@ pub fn prepare(id: &str, json: &[u8], rootfs: &Path) -> Result<Prepared> {
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json: has no linux section"))?;
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
+    own_propagation(linux);
     let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
     // Absolute, so that libcgroups never takes it for a systemd unit.
     linux.set_cgroups_path(Some(cgroup.clone()));
     if let Some(resources) = linux.resources_mut() {
-        update::own_io_weight(resources).map_err(|what| invalid(format!("config.json: {what}")))?;
+        block_io::make_guests_own(resources).map_err(|what| invalid(format!("config.json: {what}")))?;
     }
     let rules =
         linux.resources().as_ref().and_then(|resources| resources.devices().clone()).unwrap_or_default();
@@ -203,6 +204,17 @@ fn show_identity(spec: &mut Spec) -> Result<()> {
     let shown = identity::shown(mounts)?;
     mounts.extend(shown);
     Ok(())
+}
+
+/// Makes `rootfsPropagation` one that libcontainer knows. Engines say `rslave` and the like; of one mount both mean the same, and
+/// what is mounted below the root has its own.
+fn own_propagation(linux: &mut Linux) {
+    let Some(propagation) = linux.rootfs_propagation().as_deref() else { return };
+    let known = match propagation.strip_prefix('r') {
+        Some(plain @ ("shared" | "slave" | "private" | "unbindable")) => Some(plain.to_owned()),
+        _ => Some(propagation.to_owned()).filter(|propagation| !propagation.is_empty()),
+    };
+    linux.set_rootfs_propagation(known);
 }
 
 /// The cgroup below the hierarchy's root: the spec's path as it stands (`slice:prefix:name`

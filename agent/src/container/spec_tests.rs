@@ -162,3 +162,18 @@ fn the_boot_id_is_the_sandboxs_wherever_there_is_a_proc() {
     without["mounts"] = json!([]);
     assert!(of(&without).is_none());
 }
+
+#[test]
+fn the_roots_propagation_is_said_as_libcontainer_knows_it() {
+    let of = |propagation: &str| {
+        let mut config = config();
+        config["linux"]["rootfsPropagation"] = json!(propagation);
+        let prepared = run(&config).unwrap();
+        prepared.spec.linux().as_ref().unwrap().rootfs_propagation().clone()
+    };
+    for (said, known) in [("rslave", "slave"), ("rshared", "shared"), ("private", "private"), ("odd", "odd")]
+    {
+        assert_eq!(of(said).as_deref(), Some(known));
+    }
+    assert_eq!(of(""), None);
+}

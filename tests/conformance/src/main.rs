@@ -8,9 +8,9 @@
 //!
 //! The table of results goes to `conformance.md` among the results.
 
-mod api;
 mod bundle;
 mod cases;
+mod fifo;
 mod guest;
 mod lan;
 mod probe;

@@ -66,3 +66,39 @@ impl Table {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use crate::cases::{self, docker};
+
+    /// What stands between back quotes and looks like the name of a case.
+    fn named(text: &str) -> impl Iterator<Item = &str> {
+        text.split('`').skip(1).step_by(2).filter(|word| word.contains(": "))
+    }
+
+    #[test]
+    fn the_list_of_the_runtime_tools_checks_names_cases_that_there_are() {
+        let names: BTreeSet<_> = cases::all(docker::SERIES).into_iter().map(|case| case.name).collect();
+        let list = include_str!("../runtime-tools.md");
+        let rows: Vec<_> = list.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+        assert_eq!(rows.len(), 59);
+        for row in rows {
+            let says = ["covered by `", "not applicable: ", "differs: ", "| as linux_cgroups_"];
+            assert!(says.iter().any(|word| row.contains(word)), "{row}");
+            for name in named(row) {
+                assert!(names.contains(name), "no case {name:?}: {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_table_of_results_names_cases_that_there_are() {
+        let names: BTreeSet<_> = cases::all(docker::SERIES).into_iter().map(|case| case.name).collect();
+        let table = include_str!("../README.md").lines().filter(|line| line.starts_with("| "));
+        let named: BTreeSet<_> =
+            table.filter_map(|row| row.split(" | ").next()?.strip_prefix("| ")).skip(1).collect();
+        assert_eq!(named, names);
+    }
+}

@@ -9,12 +9,13 @@
 //!   Debian packages, packs the binaries under test, starts the ground, streams output back.
 //! * [`inside`] runs on the ground: PID 1 of the outer machine, installation of the binaries,
 //!   the job, collection of logs.
-//! * [`image`], [`containerd`], [`docker`], [`network`], [`leftovers`], [`processes`] and [`wait`] serve the programs that run on the
+//! * [`image`], [`containerd`], [`api`], [`docker`], [`network`], [`leftovers`], [`processes`] and [`wait`] serve the programs that run on the
 //!   ground (`tests/e2e`, `tests/bench`, the demo): images made without a registry, private
 //!   containerd instances, lists of everything a run could leave behind, deadlines.
 //!
 //! Nothing outside `tests/` imports this crate.
 
+pub mod api;
 pub mod archive;
 pub mod bed;
 pub mod call;

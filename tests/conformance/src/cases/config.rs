@@ -1,7 +1,9 @@
 //! The OCI runtime specification, as a configuration of one's own asks for it: what no option of
 //! `ctr run` reaches.
 
-use anyhow::{Result, ensure};
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use spore_harness::bed::Subject;
 
@@ -21,8 +23,6 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("config: a rootfs that is read-only", read_only).starts(1),
     Case::new("config: CPU weight and number of processes", weight_and_pids).starts(1),
     Case::new("config: weight of input and output", io_weight).starts(1),
-    Case::new("config: seccomp kills", seccomp_kills).starts(1),
-    Case::new("config: a seccomp profile with an action that is none is refused", bad_seccomp).starts(1),
     Case::new("config: CPUs that are not there are refused", bad_cpus).starts(1),
     Case::new("config: a program that is not there is refused", no_program).starts(1),
     Case::new("config: a bind mount of nothing is refused", no_source).starts(1),
@@ -31,16 +31,27 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("config: a device of the host", hosts_device)
         .starts(1)
         .differs("a virtual machine has devices of its own"),
+    Case::new("config: a device that no rule allows cannot be opened", device_rules).starts(1),
+    Case::new("config: limits of a device's input and output", device_limits)
+        .starts(1)
+        .differs("they name disks of the host by number; a virtual machine has disks of its own"),
+    Case::new("config: huge pages", huge_pages).starts(1),
+    Case::new("config: an AppArmor profile that no kernel has is refused", unknown_profile).starts(1),
+    Case::new("config: masked and read-only paths of one's own", masked).starts(1),
+    Case::new("config: annotations and unknown properties are let pass", unknown_properties).starts(1),
+    Case::new("config: a capability that is none is passed over", unknown_capability).starts(1),
+    Case::new("config: a resource limit that is none is refused", unknown_rlimit).starts(1),
 ];
 
-fn said(subject: &Subject, script: &str, edit: impl FnOnce(&mut Value)) -> Result<String> {
+/// What a script says under a configuration.
+pub(crate) fn said(subject: &Subject, script: &str, edit: impl FnOnce(&mut Value)) -> Result<String> {
     let output = Bundle::new(subject)?.call(subject, script, edit)?.run()?;
     ensure!(output.success(), "{script:?}: {output}");
     Ok(output.text())
 }
 
 /// The configuration is refused in these words, and leaves no task.
-fn is_refused(subject: &Subject, parts: &[&str], edit: impl FnOnce(&mut Value)) -> Result<()> {
+pub(crate) fn is_refused(subject: &Subject, parts: &[&str], edit: impl FnOnce(&mut Value)) -> Result<()> {
     let bundle = Bundle::new(subject)?;
     let output = bundle.call(subject, "true", edit)?.run()?;
     refused(&output, parts)?;
@@ -114,6 +125,96 @@ fn hosts_device(subject: &Subject) -> Result<()> {
     said(subject, "test -b /dev/further", |spec| node(spec, "b", 8, 0)).map(drop)
 }
 
+fn device_rules(subject: &Subject) -> Result<()> {
+    // autofs, which nobody has: the kernel looks for it only if the rules let it.
+    let script = "mknod /tmp/node c 10 235 && cat /tmp/node 2>&1 | sed 's/.*: //'";
+    let denied = said(subject, script, |_| {})?;
+    equal("without a rule", &denied, "Operation not permitted\n")?;
+    let allowed = said(subject, script, |spec| {
+        let rule = json!({ "allow": true, "type": "c", "major": 10, "minor": 235, "access": "rwm" });
+        spec["linux"]["resources"]["devices"]
+            .as_array_mut()
+            .into_iter()
+            .for_each(|rules| rules.push(rule.clone()));
+    })?;
+    ensure!(!allowed.contains("not permitted"), "with a rule: {allowed:?}");
+    Ok(())
+}
+
+fn device_limits(subject: &Subject) -> Result<()> {
+    let disk = fs::read_dir("/sys/block")?.flatten().find_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        // Whole disks that have something behind them.
+        (name.starts_with("vd") || name.starts_with("sd") || name.starts_with("nvme"))
+            .then(|| fs::read_to_string(entry.path().join("dev")).ok())?
+    });
+    let disk = disk.context("the ground has no disk")?;
+    let (major, minor) = disk.trim().split_once(':').context("its number")?;
+    let (major, minor) = (major.parse::<u32>()?, minor.parse::<u32>()?);
+    let limit = |spec: &mut Value| {
+        spec["linux"]["resources"]["blockIO"] =
+            json!({ "throttleReadBpsDevice": [{ "major": major, "minor": minor, "rate": 1_048_576 }] });
+        own_cgroup(spec);
+    };
+    if subject.is_spore() {
+        let device = format!("throttleReadBpsDevice: {major}:{minor} is a device of the host");
+        is_refused(subject, &[&device], limit)?;
+        return Err(Difference.into());
+    }
+    let said = said(subject, "cat /sys/fs/cgroup/io.max", limit)?;
+    ensure!(said.starts_with(&format!("{major}:{minor} rbps=1048576 ")), "{said:?}");
+    Ok(())
+}
+
+fn huge_pages(subject: &Subject) -> Result<()> {
+    let said = said(subject, "cat /sys/fs/cgroup/hugetlb.2MB.max", |spec| {
+        spec["linux"]["resources"]["hugepageLimits"] = json!([{ "pageSize": "2MB", "limit": 4_194_304 }]);
+        own_cgroup(spec);
+    })?;
+    equal("the limit", &said, "4194304\n")
+}
+
+fn unknown_profile(subject: &Subject) -> Result<()> {
+    let part = if subject.is_spore() { "the AppArmor profile \"acme\" is the host's" } else { "apparmor" };
+    is_refused(subject, &[part], |spec| spec["process"]["apparmorProfile"] = json!("acme"))
+}
+
+fn masked(subject: &Subject) -> Result<()> {
+    let script = "mkdir -p /tmp/x; cat /etc/passwd | wc -c; ls /usr | wc -l; echo x >>/etc/group; echo $?; \
+                  touch /root/x; echo $?; ls /etc | grep -c passwd; test -e /no/such || echo none";
+    let output = Bundle::new(subject)?.call(subject, script, |spec| {
+        spec["linux"]["maskedPaths"] = json!(["/etc/passwd", "/usr", "/no/such"]);
+        spec["linux"]["readonlyPaths"] = json!(["/etc/group", "/root", "/no/such"]);
+    })?;
+    let output = output.run()?;
+    ensure!(output.success(), "{output}");
+    equal("what is there", &output.text(), "0\n0\n1\n1\n1\nnone\n")
+}
+
+fn unknown_properties(subject: &Subject) -> Result<()> {
+    let said = said(subject, "echo it runs", |spec| {
+        spec["annotations"] = json!({ "org.example.some": "", "org.example.other": "value" });
+        spec["org.example.unknown"] = json!({ "kept": true });
+        spec["linux"]["unknownToo"] = json!(["x"]);
+    })?;
+    equal("it", &said, "it runs\n")
+}
+
+fn unknown_capability(subject: &Subject) -> Result<()> {
+    let said = said(subject, "sed -n 's/^CapEff:\\t//p' /proc/self/status", |spec| {
+        for kind in ["bounding", "permitted", "effective"] {
+            spec["process"]["capabilities"][kind] = json!(["CAP_KILL", "CAP_NOBODY_HAS"]);
+        }
+    })?;
+    equal("the others", &said, "0000000000000020\n")
+}
+
+fn unknown_rlimit(subject: &Subject) -> Result<()> {
+    is_refused(subject, &["RLIMIT_PERHAPS"], |spec| {
+        spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_PERHAPS", "soft": 1, "hard": 1 }]);
+    })
+}
+
 fn oom_score(subject: &Subject) -> Result<()> {
     let said = said(subject, "cat /proc/self/oom_score_adj", |spec| {
         spec["process"]["oomScoreAdj"] = json!(321);
@@ -125,7 +226,7 @@ fn mounts(subject: &Subject) -> Result<()> {
     let script = "while read -r _ at kind options _; do case $at in \
         /proc|/sys|/dev|/dev/pts|/dev/shm|/dev/mqueue|/sys/fs/cgroup) echo \"$at $kind $options\";; esac; \
         done </proc/mounts | sort";
-    let said = said(subject, script, |_| {})?;
+    let said = said(subject, script, own_cgroup)?;
     for (at, kind, options) in [
         ("/proc", "proc", &["rw", "nosuid", "nodev", "noexec"][..]),
         ("/sys", "sysfs", &["ro", "nosuid", "nodev", "noexec"]),
@@ -133,6 +234,7 @@ fn mounts(subject: &Subject) -> Result<()> {
         ("/dev/pts", "devpts", &["rw", "nosuid", "noexec", "gid=5", "mode=620", "ptmxmode=666"]),
         ("/dev/shm", "tmpfs", &["rw", "nosuid", "nodev", "noexec"]),
         ("/dev/mqueue", "mqueue", &["rw", "nosuid", "nodev", "noexec"]),
+        ("/sys/fs/cgroup", "cgroup2", &["ro", "nosuid", "nodev", "noexec"]),
     ] {
         let line = said.lines().find(|line| line.starts_with(&format!("{at} {kind} ")));
         let found: Vec<_> = line.and_then(|line| line.split(' ').nth(2)).unwrap_or("").split(',').collect();
@@ -172,8 +274,7 @@ fn read_only(subject: &Subject) -> Result<()> {
 
 /// Shows the container its own cgroup as the root of those below /sys/fs/cgroup.
 fn own_cgroup(spec: &mut Value) {
-    let cgroup =
-        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
+    let cgroup = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid", "nodev", "noexec"] });
     spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(cgroup.clone()));
     let own = json!({ "type": "cgroup" });
     let namespaces = spec["linux"]["namespaces"].as_array_mut();
@@ -211,35 +312,6 @@ fn io_weight(subject: &Subject) -> Result<()> {
     let weight = said.split_whitespace().last().unwrap_or("");
     ensure!(["500", "4950"].contains(&weight), "{said:?}");
     Ok(())
-}
-
-fn seccomp_kills(subject: &Subject) -> Result<()> {
-    let bundle = Bundle::new(subject)?;
-    let call = bundle.call(subject, "echo before; mkdir /made; echo after; exit 3", |spec| {
-        spec["linux"]["seccomp"] = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "architectures": ["SCMP_ARCH_X86_64"],
-            "syscalls": [
-                { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_KILL_PROCESS" },
-                { "names": ["getcwd"], "action": "SCMP_ACT_LOG" },
-            ],
-        });
-    })?;
-    let output = call.run()?;
-    // The shell goes on: it is mkdir's process that is killed, by SIGSYS.
-    ensure!(output.text().starts_with("before\n") && output.text().contains("after"), "{output}");
-    ensure!(output.code() == 3, "{output}");
-    ensure!(!bundle.path("rootfs/made").exists(), "the directory was made");
-    Ok(())
-}
-
-fn bad_seccomp(subject: &Subject) -> Result<()> {
-    is_refused(subject, &["SCMP_ACT_PERHAPS"], |spec| {
-        spec["linux"]["seccomp"] = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "syscalls": [{ "names": ["mkdir"], "action": "SCMP_ACT_PERHAPS" }],
-        });
-    })
 }
 
 fn bad_cpus(subject: &Subject) -> Result<()> {

@@ -18,10 +18,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use spore_harness::bed::Subject;
 use spore_harness::image::BUSYBOX;
+use spore_harness::network::traffic;
 use spore_harness::processes::{self, Use};
 use spore_harness::wait;
 
 use super::Case;
+use super::volumes::Directory;
 use crate::guest::Guest;
 
 pub(crate) const CASES: &[Case] = &[
@@ -158,17 +160,24 @@ fn execs(subject: &Subject) -> Result<()> {
     tell(subject, "execs in one container", &seconds, &memory)
 }
 
-/// A pipeline of the ground's shell around `ctr run`.
+/// A pipeline of the ground's shell around `ctr run`. Each byte is what its place in the stream asks for: the
+/// program at both ends is this one, which the container has as a volume.
 fn streams(subject: &Subject) -> Result<()> {
     let mib = count(subject, 64, 1024);
-    let bytes = mib << 20;
+    let bytes = (mib as u64) << 20;
+    let directory = Directory::new(subject)?;
+    traffic::install(directory.path())?;
+    let mount = directory.mount("rbind:ro");
+    let inside = format!("/data/{}", traffic::VERB);
+    let outside = directory.path().join(traffic::VERB).display().to_string();
+    let (give, take) = (["traffic", "give", &bytes.to_string()].join(" "), "traffic take");
     let mut seconds = Vec::new();
     for (before, script, after) in [
-        (String::new(), format!("head -c {bytes} /dev/zero"), " | wc -c".to_owned()),
-        (format!("head -c {bytes} /dev/zero | "), "wc -c".to_owned(), String::new()),
+        (String::new(), format!("{inside} {give}"), format!(" | {outside} {take}")),
+        (format!("{outside} {give} | "), format!("{inside} {take}"), String::new()),
     ] {
         let begin = Instant::now();
-        let run = subject.run("stream", &["sh", "-c", &script])?;
+        let run = subject.run_with("stream", &["--mount", &mount], BUSYBOX, &["sh", "-c", &script])?;
         let output = run.in_pipeline(&before, &after).deadline(LONG).run()?;
         ensure!(output.success() && output.text().trim() == bytes.to_string(), "{output}");
         seconds.push(begin.elapsed().as_secs_f64());

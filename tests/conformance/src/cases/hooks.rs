@@ -11,7 +11,7 @@ use spore_harness::bed::Subject;
 use spore_harness::processes::{kill_hard, process};
 use spore_harness::wait;
 
-use super::{Case, equal, refused};
+use super::{Case, Difference, equal, refused};
 use crate::bundle::Bundle;
 
 pub(crate) const CASES: &[Case] = &[
@@ -19,6 +19,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("hooks: createRuntime that fails fails the container", failing).starts(1),
     Case::new("hooks: createRuntime that hangs is ended at its timeout", hanging).starts(1),
     Case::new("hooks: poststop, also when the shim is killed", killed).starts(1),
+    Case::new("hooks: poststart that fails", failing_poststart)
+        .starts(1)
+        .differs("the specification asks for a warning, and that all goes on; runc ends the container"),
+    Case::new("hooks: poststop that fails", failing_poststop).starts(1),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -103,5 +107,36 @@ fn killed(subject: &Subject) -> Result<()> {
     equal("notes", &notes, "poststop stopped\n")?;
     // The client has lost its task and leaves the container to whoever knows better.
     subject.ctr(&["containers", "delete", &noting.bundle.id])?.run()?;
+    Ok(())
+}
+
+/// A hook that fails, and one behind it that notes its name.
+fn failing_first(noting: &Noting, name: &str) -> Value {
+    let mut hooks = noting.hook(name);
+    let fails = json!({ "path": "/bin/sh", "args": ["sh", "-c", "echo not today >&2; exit 4"] });
+    hooks.as_array_mut().into_iter().for_each(|hooks| hooks.insert(0, fails.clone()));
+    hooks
+}
+
+fn failing_poststart(subject: &Subject) -> Result<()> {
+    let noting = Noting::new(subject)?;
+    let hooks = json!({ "poststart": failing_first(&noting, "poststart") });
+    let output = noting.bundle.call(subject, "echo it runs", |spec| spec["hooks"] = hooks)?.run()?;
+    if subject.is_spore() {
+        ensure!(output.success() && output.text() == "it runs\n", "{output}");
+        equal("the other hook", &fs::read_to_string(noting.notes())?, "poststart running\n")?;
+        return Err(Difference.into());
+    }
+    refused(&output, &["not today"])
+}
+
+fn failing_poststop(subject: &Subject) -> Result<()> {
+    let noting = Noting::new(subject)?;
+    let hooks = json!({ "poststop": failing_first(&noting, "poststop") });
+    let output = noting.bundle.call(subject, "echo it runs; exit 3", |spec| spec["hooks"] = hooks)?.run()?;
+    equal("output", &output.text(), "it runs\n")?;
+    // It is gone all the same.
+    let lists = [subject.must(&["tasks", "ls"])?, subject.must(&["containers", "ls"])?];
+    ensure!(lists.iter().all(|list| !list.contains(&noting.bundle.id)), "{lists:?}");
     Ok(())
 }

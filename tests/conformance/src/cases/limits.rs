@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use spore_harness::api;
 use spore_harness::bed::Subject;
 
 use super::{Case, equal};
-use crate::api;
 use crate::guest::{Guest, shared};
 
 pub(crate) const CASES: &[Case] = &[

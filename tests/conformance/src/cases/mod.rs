@@ -3,14 +3,18 @@
 mod changes;
 mod config;
 mod counts;
-mod docker;
+pub(crate) mod docker;
 mod exec;
 mod hooks;
 mod limits;
+pub(crate) mod namespaces;
 pub(crate) mod network;
 mod pause;
+mod process;
 mod processes;
+mod propagation;
 mod restart;
+mod seccomp;
 mod spec;
 mod stdio;
 mod volumes;
@@ -65,9 +69,13 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
     let docker = of_docker.into_iter().filter(|_| series == docker::SERIES);
     let mut cases = [
         exec::CASES,
+        process::CASES,
         processes::CASES,
         spec::CASES,
         config::CASES,
+        namespaces::CASES,
+        propagation::CASES,
+        seccomp::CASES,
         stdio::CASES,
         hooks::CASES,
         pause::CASES,

@@ -4,17 +4,21 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use serde_json::json;
+use spore_harness::api::{self, Streams};
 use spore_harness::bed::Subject;
 use spore_harness::containerd::Containerd;
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, equal};
+use crate::fifo::Fifo;
 use crate::guest::Guest;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("restart: containerd killed finds its tasks again", finds_tasks).starts(1).alone(),
     Case::new("restart: output goes on while containerd is away and after", output_goes_on).starts(1).alone(),
+    Case::new("restart: so do fifos, and those of an exec", fifos_go_on).starts(1).alone(),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -67,6 +71,48 @@ fn output_goes_on(subject: &Subject) -> Result<()> {
     fs::remove_file(&log)?;
     for (number, line) in text.lines().enumerate() {
         equal("line", line, &(number + 1).to_string())?;
+    }
+    Ok(())
+}
+
+fn fifos_go_on(subject: &Subject) -> Result<()> {
+    const TICKING: &str = "n=0; while :; do n=$((n + 1)); echo $n; sleep 0.2; done";
+    // Echoes, to show that the input goes on too.
+    const ECHOING: &str = "n=0; while read -r line; do n=$((n + 1)); echo $n; done";
+    let id = subject.id("ticking");
+    let runtime = subject.runtime.id();
+    subject.must(&["containers", "create", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", TICKING])?;
+    let guest = Guest::adopt(subject, &id);
+    let [of_task, of_exec, input, echoed] =
+        [Fifo::new(subject)?, Fifo::new(subject)?, Fifo::new(subject)?, Fifo::new(subject)?];
+    api::create(subject, &id, Streams { stdout: of_task.path(), ..Default::default() })?;
+    api::start(subject, &id, "")??;
+    for (exec, script, stdin, stdout) in
+        [("ticks", TICKING, String::new(), of_exec.path()), ("echoes", ECHOING, input.path(), echoed.path())]
+    {
+        let process = json!({ "args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/usr/bin:/bin"],
+                              "user": { "uid": 0, "gid": 0 } });
+        api::exec(subject, &id, exec, &process, Streams { stdin, stdout, ..Default::default() })??;
+        api::start(subject, &id, exec)??;
+    }
+    let lines = |fifo: &Fifo| fifo.text().lines().count();
+    let more =
+        |fifo: &Fifo, than: usize| wait::until("lines come", DEADLINE, || (lines(fifo) > than).then_some(()));
+    more(&of_task, 2)?;
+    more(&of_exec, 2)?;
+    input.feed("x\n")?;
+    more(&echoed, 0)?;
+    subject.with(Containerd::restart)?;
+    more(&of_task, lines(&of_task) + 5)?;
+    more(&of_exec, lines(&of_exec) + 5)?;
+    input.feed("x\nx\n")?;
+    more(&echoed, 2)?;
+    guest.must("kill", &["--signal", "KILL"], &[])?;
+    guest.until("STOPPED")?;
+    for fifo in [of_task, of_exec, echoed] {
+        for (number, line) in fifo.text().lines().enumerate() {
+            equal("line", line, &(number + 1).to_string())?;
+        }
     }
     Ok(())
 }

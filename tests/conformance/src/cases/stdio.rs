@@ -5,11 +5,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use spore_harness::api::{self, Streams};
 use spore_harness::bed::Subject;
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::{Case, equal};
+use crate::fifo::Fifo;
 use crate::guest::{Guest, UNTIL_RESIZED};
 
 pub(crate) const CASES: &[Case] = &[
@@ -18,6 +20,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("stdio: a log file", log_file).starts(1),
     Case::new("stdio: a logging program", log_program).starts(1),
     Case::new("stdio: attach to a detached task", attach).starts(1),
+    Case::new("stdio: fifos of a client's own, to the end of the input", fifos).starts(1),
+    Case::new("stdio: a client that leaves a terminal does not hang it up", left_terminal).starts(1),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -99,4 +103,53 @@ fn attach(subject: &Subject) -> Result<()> {
     equal("the second's output", &output.text(), "got two\ngot end\n")?;
     ensure!(output.code() == 5, "{output}");
     Ok(())
+}
+
+/// Creates and starts a container of a shell's script with these streams.
+fn start(subject: &Subject, options: &[&str], script: &str, streams: Streams) -> Result<Guest> {
+    let id = subject.id("streams");
+    let mut args = vec!["containers", "create", "--runtime", subject.runtime.id()];
+    args.extend(options);
+    args.extend([BUSYBOX, &id, "sh", "-c", script]);
+    subject.must(&args)?;
+    let guest = Guest::adopt(subject, &id);
+    api::create(subject, &id, streams)?;
+    api::start(subject, &id, "")??;
+    Ok(guest)
+}
+
+fn says(fifo: &Fifo, text: &str) -> Result<()> {
+    wait::until(&format!("{text:?} comes out of the fifo"), DEADLINE, || {
+        fifo.text().contains(text).then_some(())
+    })
+}
+
+fn fifos(subject: &Subject) -> Result<()> {
+    let (input, out, err) = (Fifo::new(subject)?, Fifo::new(subject)?, Fifo::new(subject)?);
+    let streams = Streams { stdin: input.path(), stdout: out.path(), stderr: err.path(), terminal: false };
+    let guest = start(subject, &[], "echo to err >&2; cat; echo the end", streams)?;
+    input.feed("one\n")?;
+    says(&out, "one\n")?;
+    says(&err, "to err\n")?;
+    input.feed("two\n")?;
+    says(&out, "two\n")?;
+    // The input ends when nobody has it open any more, the shim neither.
+    drop(input);
+    api::close_stdin(subject, &guest.id)?;
+    guest.until("STOPPED")?;
+    equal("output", &out.text(), "one\ntwo\nthe end\n")
+}
+
+fn left_terminal(subject: &Subject) -> Result<()> {
+    let (input, out) = (Fifo::new(subject)?, Fifo::new(subject)?);
+    let streams = Streams { stdin: input.path(), stdout: out.path(), stderr: String::new(), terminal: true };
+    let script = "trap 'echo hung up >/hung-up' HUP; while read -r line; do echo \"got $line\"; done; \
+                  echo ended >/ended; while :; do sleep 1000000 & wait $!; done";
+    let guest = start(subject, &["--tty"], script, streams)?;
+    input.feed("one\n")?;
+    says(&out, "got one")?;
+    drop((input, out));
+    // A further process answers, so the loss of the client is long known.
+    equal("left", &guest.shell("kill -0 1 && ls / | grep -c -e hung-up -e ended; true")?, "0\n")?;
+    equal("state", &guest.status()?, "RUNNING")
 }

@@ -44,16 +44,21 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// A directory of the host, empty, that goes with the value.
-struct Directory(PathBuf);
+pub(crate) struct Directory(PathBuf);
 
 impl Directory {
-    fn new(subject: &Subject) -> Result<Self> {
+    pub(crate) fn new(subject: &Subject) -> Result<Self> {
         let path = subject.bed.rootfs().with_file_name(subject.id("volume"));
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
     }
 
-    fn mount(&self, options: &str) -> String {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// As `ctr run --mount` has it, at `/data`.
+    pub(crate) fn mount(&self, options: &str) -> String {
         mount(&self.0, "/data", options)
     }
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
+use serde_json::json;
+use spore_harness::api;
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
@@ -13,8 +15,10 @@ use super::Case;
 use spore_harness::bed::Subject;
 use spore_harness::processes::child_and_parent;
 
-pub(crate) const CASES: &[Case] =
-    &[Case::new("memory::freed_goes_back_to_the_host", freed).spore_only().since("2.")];
+pub(crate) const CASES: &[Case] = &[
+    Case::new("memory::freed_goes_back_to_the_host", freed).spore_only().since("2."),
+    Case::new("memory::a_lower_limit_takes_from_the_machine", lowered).spore_only().since("2."),
+];
 
 /// MiB that the container fills, in a machine of 512.
 const FILLED: u64 = 150;
@@ -57,6 +61,46 @@ fn freed(subject: &Subject) -> Result<()> {
     let output = call.wait()?;
     ensure!(output.success(), "{output}");
     Ok(())
+}
+
+/// An Update to a lower limit inflates the balloon: the guest has less, and the host what it had touched. A higher one gives it back.
+fn lowered(subject: &Subject) -> Result<()> {
+    const FILE: u64 = 150;
+    let id = subject.id("lowered");
+    // What the file leaves in the guest's page cache is memory that nobody frees.
+    let script = format!(
+        "dd if=/dev/zero of=/file bs=1M count={FILE} 2>/dev/null; sync; echo full; while :; do sleep 1000; done"
+    );
+    let limit = (448 << 20).to_string();
+    let options = ["run", "--rm", "--runtime", subject.runtime.id(), "--memory-limit", &limit];
+    let mut call =
+        subject.ctr(&[&options[..], &[BUSYBOX, &id, "sh", "-c", &script][..]].concat())?.spawn()?;
+    call.says("full")?;
+    let (vmm, _) = child_and_parent("spore-vmm", &["containerd-shim-spore-v2", &id])?;
+    let available = || -> Result<u64> {
+        let exec = subject.id("exec");
+        let awk = ["awk", "/^MemAvailable:/ { print int($2 / 1024) }", "/proc/meminfo"];
+        let text = subject.must(&[&["tasks", "exec", "--exec-id", &exec, &id][..], &awk[..]].concat())?;
+        text.trim().parse().with_context(|| text)
+    };
+    let (full, wide) = (resident_mib(vmm)?, available()?);
+    ensure!(full >= FILE, "{full} MiB are resident with a file of {FILE}");
+    let update = |mib: u64| api::update(subject, &id, &json!({ "memory": { "limit": mib << 20 } }));
+    update(64)??;
+    let left = wait::until("the host has what the guest lost", DEADLINE, || {
+        resident_mib(vmm).ok().filter(|mib| *mib + FILE / 2 <= full)
+    })
+    .with_context(|| format!("{:?} MiB now, {full} before", resident_mib(vmm)))?;
+    // 64 for the container, 64 for the guest itself, of 512.
+    let narrow = wait::until("the guest has less", DEADLINE, || available().ok().filter(|mib| *mib <= 128))
+        .with_context(|| format!("{:?} MiB available now, {wide} before", available()))?;
+    update(448)??;
+    let again =
+        wait::until("the guest has it again", DEADLINE, || available().ok().filter(|mib| *mib + 64 >= wide))
+            .with_context(|| format!("{:?} MiB available now, {wide} at first", available()))?;
+    eprintln!("  resident: {full} MiB, {left} after; available in the guest: {wide}, {narrow}, {again}");
+    subject.must(&["tasks", "kill", "--signal", "KILL", &id])?;
+    call.wait().map(drop)
 }
 
 /// What a VMM holds that is no file's: above all its guest's memory.

@@ -11,6 +11,7 @@ mod environment;
 mod events;
 mod files;
 mod generation;
+mod guest_spec;
 mod killed;
 mod leftovers;
 mod matrix;
@@ -126,6 +127,7 @@ pub(crate) fn all() -> Vec<Case> {
         command::CASES,
         files::CASES,
         generation::CASES,
+        guest_spec::CASES,
         copy::CASES,
         bad_command::CASES,
         bad_config::CASES,

@@ -6,13 +6,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use spore_harness::api;
 use spore_harness::bed::Subject;
 use spore_harness::image::BUSYBOX;
 use spore_harness::network::cni::{Attachment, Network};
 use spore_harness::network::space;
 use spore_harness::wait;
 
-use crate::api;
 use crate::bundle::Bundle;
 use crate::cases::{Case, Difference, equal, refused};
 use crate::guest::Guest;

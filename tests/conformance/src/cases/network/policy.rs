@@ -5,13 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use spore_harness::api;
 use spore_harness::bed::Subject;
 use spore_harness::call::Call;
 use spore_harness::network::space::{self, Space};
 use spore_harness::network::traffic::stream;
 use spore_harness::wait;
 
-use crate::api;
 use crate::cases::{Case, equal};
 use crate::lan::{CONTENT, DEADLINE, Lan, WEB, fetch, fetched, in_lan, said};
 

@@ -37,7 +37,8 @@ pub const PORT: u16 = 7007;
 const DEADLINE: Duration = Duration::from_secs(180);
 const CONNECT: Duration = Duration::from_secs(20);
 
-/// `traffic serve`: serves until it is killed.
+/// `traffic serve`: serves until it is killed. `traffic give BYTES` and `traffic take`: the pattern of [`stream`] to standard output
+/// and from standard input, which must be that; how many bytes came.
 pub fn main(arguments: &[String]) -> Result<()> {
     match arguments {
         [word] if word == "serve" => {
@@ -45,7 +46,12 @@ pub fn main(arguments: &[String]) -> Result<()> {
             println!("serving");
             server.wait()
         }
-        _ => bail!("usage: {VERB} serve"),
+        [word, bytes] if word == "give" => stream::give(std::io::stdout().lock(), bytes.parse()?),
+        [word] if word == "take" => {
+            println!("{}", stream::take(std::io::stdin().lock())?);
+            Ok(())
+        }
+        _ => bail!("usage: {VERB} serve | give BYTES | take"),
     }
 }
 

@@ -66,7 +66,7 @@ impl Pattern {
 }
 
 /// Takes bytes until their end; how many.
-fn take(mut from: impl Read) -> Result<u64> {
+pub(super) fn take(mut from: impl Read) -> Result<u64> {
     let (mut pattern, mut buffer, mut count) = (Pattern::new(), vec![0; PIECE], 0u64);
     loop {
         let length = from.read(&mut buffer).with_context(|| format!("after {count} bytes"))?;
@@ -78,7 +78,7 @@ fn take(mut from: impl Read) -> Result<u64> {
     }
 }
 
-fn give(mut to: impl Write, bytes: u64) -> Result<()> {
+pub(super) fn give(mut to: impl Write, bytes: u64) -> Result<()> {
     let (mut pattern, mut left) = (Pattern::new(), bytes);
     while left > 0 {
         let piece = pattern.next(left);
