@@ -27,12 +27,14 @@ impl Container {
     /// Returns when the container goes on. What is written then has one owner, the task that writes it: whatever ends
     /// that takes the half-made draft away.
     pub(crate) async fn snapshot(self: &Arc<Self>, store: Store) -> Result<Underway, Error> {
+        let staying = Arc::clone(&self.staying).read_owned().await;
         let (turn, taken) = self.stand_and_take(&store, false).await?;
         drop(turn);
         let (id, stood, times) = (taken.id(), taken.stood, taken.times());
         let this = Arc::clone(self);
         let writing = tokio::spawn(async move {
             let finished = this.finish(taken, Purpose::Snapshot).await;
+            drop(staying);
             tokio::spawn(Arc::clone(&this).look_after_layers());
             match finished {
                 Ok(_) => {

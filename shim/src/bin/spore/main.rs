@@ -13,6 +13,7 @@ mod fs;
 mod progress;
 mod ps;
 mod remote;
+mod rollback;
 mod show;
 mod snapshot;
 
@@ -78,6 +79,8 @@ enum Verb {
     /// Look at the files of a container, and change them
     #[command(subcommand)]
     Fs(fs::Verb),
+    /// Have a container go back to one of its snapshots, in place
+    Rollback(rollback::Args),
     /// Take snapshots of containers, and look after those that there are
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
             Verb::Exec(args) => exec::run(&global, args).await,
             Verb::Cp(args) => cp::run(&global, args).await,
             Verb::Fs(verb) => fs::run(&global, verb).await,
+            Verb::Rollback(args) => rollback::run(&global, args).await.map(|()| 0),
             Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
         }
     });
@@ -155,6 +159,7 @@ mod tests {
             "spore ps --bad",
             "spore snapshot create web --wait forever",
             "spore snapshot rm",
+            "spore rollback web",
         ] {
             let error = parse(line).map(|_| ()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -45,7 +45,7 @@ pub(crate) async fn run(global: &Global, verb: Verb) -> Result<u8, Failure> {
 }
 
 /// The store of this host.
-fn store() -> Result<Store, Failure> {
+pub(crate) fn store() -> Result<Store, Failure> {
     let config = Config::load().map_err(|error| Failure::Refused(chain(&error)))?;
     let store = Store::new(&config.state_dir);
     if !nix::unistd::geteuid().is_root() {
