@@ -153,6 +153,30 @@ impl Restored {
         Self::new(&opened)
     }
 
+    /// A snapshot of the store's of this very container.
+    pub(crate) fn own(
+        store: &Store,
+        id: SnapshotId,
+        namespace: &str,
+        container: &str,
+    ) -> Result<Self, Error> {
+        let opened = store.open(id)?;
+        let manifest = &opened.manifest;
+        if (manifest.namespace.as_str(), manifest.container.as_str()) != (namespace, container) {
+            return Err(Error::State(format!(
+                "snapshot {id} is of container {} in namespace {}, not of container {container}",
+                manifest.container, manifest.namespace
+            )));
+        }
+        if !matches!(manifest.purpose, Purpose::Snapshot | Purpose::Checkpoint) {
+            return Err(Error::State(format!(
+                "snapshot {id} is a {}, to which nothing goes back",
+                manifest.purpose.name()
+            )));
+        }
+        Ok(Self::new(&opened)?)
+    }
+
     pub(crate) fn new(opened: &Opened) -> Result<Self, ImportError> {
         let Opened { manifest, state, volumes, .. } = opened;
         let unfit = |detail: &str| ImportError::Entry { name: FILE.into(), detail: detail.into() };

@@ -1,5 +1,6 @@
 //! One container of the sandbox: its life from created to deleted, and the order of its
-//! events. `turn` is the one lock (beside `disks`, which checkpoints take before it, and nobody who has it); whoever publishes an event of the container holds it,
+//! events. `turn` is the one lock (beside `staying` and `disks`, which snapshots and rollbacks take before it in this order, and
+//! nobody who has it); whoever publishes an event of the container holds it,
 //! so that TaskStart precedes TaskExit precedes TaskDelete. It is held across calls to the
 //! guest, so what must not wait for a guest (State) reads `phase` without it.
 
@@ -9,7 +10,9 @@ mod end;
 mod exec;
 mod files;
 mod limits;
+mod live;
 mod merge;
+mod rollback;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -31,12 +34,15 @@ pub(crate) use self::checkpoint::HeldDisks;
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
 use self::limits::Checked;
+pub(crate) use self::live::Live;
 use self::merge::Merging;
+use self::rollback::Captured;
+pub(crate) use self::rollback::{Basis, RolledBack};
 use crate::checkpoint::blocking;
 use crate::clone::Identity;
 use crate::error::Error;
 use crate::events::Events;
-use crate::guest::{Guest, GuestError, GuestProcess};
+use crate::guest::{GuestError, GuestProcess};
 use crate::holder::Holder;
 use crate::hooks::{Hooks, Point, Told};
 use crate::io::{Stdio, Streams};
@@ -89,8 +95,13 @@ pub(crate) struct Container {
     terminal: bool,
     /// The holder's.
     pub(crate) pid: u32,
-    pub(crate) vm: Arc<Vm>,
-    guest: Arc<Guest>,
+    /// Changed by the holder of `turn` only.
+    live: watch::Sender<Arc<Live>>,
+    /// Held while something needs the machine to stay the one that it is: snapshots that are written, merges. A rollback has it
+    /// alone, and takes it first.
+    staying: Arc<tokio::sync::RwLock<()>>,
+    /// What another machine would be made of.
+    basis: Basis,
     network: Arc<Network>,
     events: Events,
     log: Logger,
@@ -114,6 +125,8 @@ pub(crate) struct Container {
     leaving: AtomicBool,
     disks: tokio::sync::Mutex<HeldDisks>,
     merging: Merging,
+    /// Which execs the snapshots have that were taken of this task.
+    captured: Captured,
     /// Follows kills for lack of memory.
     memory: Mutex<Option<JoinHandle<()>>>,
 }
@@ -129,8 +142,8 @@ pub(crate) struct Parts {
     pub(crate) disks: HeldDisks,
     pub(crate) bundle: String,
     pub(crate) stdio: Stdio,
-    pub(crate) vm: Arc<Vm>,
-    pub(crate) guest: Arc<Guest>,
+    pub(crate) live: Live,
+    pub(crate) basis: Basis,
     pub(crate) network: Arc<Network>,
     pub(crate) streams: Streams,
     pub(crate) holder: Holder,
@@ -150,12 +163,14 @@ impl Container {
             terminal: parts.terminal,
             disks: tokio::sync::Mutex::new(parts.disks),
             merging: Merging::default(),
+            captured: Captured::default(),
             bundle: parts.bundle,
             stdio: parts.stdio,
             pid: parts.holder.id().pid,
             ending: Ending::new(parts.holder.pidfd()),
-            vm: parts.vm,
-            guest: parts.guest,
+            live: watch::Sender::new(Arc::new(parts.live)),
+            staying: Arc::default(),
+            basis: parts.basis,
             network: parts.network,
             events,
             turn: tokio::sync::Mutex::default(),
@@ -177,12 +192,13 @@ impl Container {
             false => None,
         };
         let _turn = self.turn.lock().await;
+        let live = self.live();
         match self.phase() {
             Phase::Created => {}
             phase => return Err(Error::State(format!("cannot start a {} process", phase.name()))),
         }
         // What came since Create: Docker sets the network up in between.
-        self.network.sync(&self.vm, &self.guest).await?;
+        self.network.sync(&live.vm, &live.guest).await?;
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
         if let Some(disk) = restored {
@@ -190,18 +206,17 @@ impl Container {
             blocking(move || disk.keep()).await?;
             if let Some(identity) = &self.identity {
                 // Its network is its own by now.
-                let identified = self.guest.identify(&self.guest_id, identity);
-                let reset = with_vm(&self.vm, "giving the clone its identity", identified).await?;
+                let identified = live.guest.identify(&self.guest_id, identity);
+                let reset = live.ask("giving the clone its identity", identified).await?;
                 info!(self.log, "clone"; "hostname" => &identity.hostname, "sockets_reset" => reset);
             }
-            with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
+            live.ask("resuming the container", live.guest.resume(&self.guest_id)).await?;
         } else {
-            with_vm(&self.vm, "starting the container", self.guest.start(&self.guest_id, "")).await?;
+            live.ask("starting the container", live.guest.start(&self.guest_id, "")).await?;
         }
         self.enter(Phase::Running);
-        self.network.follow(Arc::clone(&self.vm), Arc::clone(&self.guest));
-        let watching = tokio::spawn(Arc::clone(self).watch_memory());
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(watching);
+        self.network.follow(Arc::clone(&live.vm), Arc::clone(&live.guest));
+        self.follow_memory(live, self.restored);
         self.events.send(TaskStart { container_id: self.id.clone(), pid: self.pid, ..Default::default() });
         // Failures of this one are logged only (runtime.md, "Lifecycle", 9).
         self.run_hooks(Point::Poststart).await;
@@ -244,13 +259,13 @@ impl Container {
 
     /// The guest's processes, the container's init first, if it tells them in time.
     pub(crate) async fn processes(&self) -> Result<Vec<GuestProcess>, Error> {
-        if self.exited().is_some() || self.vm.has_ended() {
+        let live = self.live();
+        if self.exited().is_some() || live.vm.has_ended() {
             return Ok(Vec::new());
         }
         let asked = async {
-            let init = with_vm(&self.vm, "asking for processes", self.guest.init_pid(&self.guest_id)).await?;
-            let mut processes =
-                with_vm(&self.vm, "asking for processes", self.guest.pids(&self.guest_id)).await?;
+            let init = live.ask("asking for processes", live.guest.init_pid(&self.guest_id)).await?;
+            let mut processes = live.ask("asking for processes", live.guest.pids(&self.guest_id)).await?;
             processes.sort_by_key(|process| process.pid != init);
             Ok(processes)
         };
@@ -266,16 +281,17 @@ impl Container {
     /// Freezes or thaws the container's processes.
     pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        let live = self.live();
         match (self.phase(), frozen) {
             (Phase::Running, true) => {
-                with_vm(&self.vm, "pausing the container", self.guest.pause(&self.guest_id)).await?;
+                live.ask("pausing the container", live.guest.pause(&self.guest_id)).await?;
                 self.export_for_pause().await?;
                 self.enter(Phase::Paused);
                 self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
             (Phase::Paused, false) => {
                 self.take_changes_back().await?;
-                with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await?;
+                live.ask("resuming the container", live.guest.resume(&self.guest_id)).await?;
                 self.enter(Phase::Running);
                 self.events.send(TaskResumed { container_id: self.id.clone(), ..Default::default() });
             }
@@ -289,8 +305,9 @@ impl Container {
 
     /// The container's counters. A stopped container has none.
     pub(crate) async fn stats(&self) -> Result<Metrics, Error> {
+        let live = self.live();
         self.alive("ask for the counters of")?;
-        let files = with_vm(&self.vm, "asking for counters", self.guest.stats(&self.guest_id)).await?;
+        let files = live.ask("asking for counters", live.guest.stats(&self.guest_id)).await?;
         let counters = self.network.counters().await.unwrap_or_else(|error| {
             warn!(self.log, "the network's counters cannot be read"; "error" => %error);
             Vec::new()
@@ -302,11 +319,12 @@ impl Container {
     /// unused goes to the host. The container is its machine's only one.
     pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        let live = self.live();
         self.alive("update")?;
-        let Checked { resources, balloon_mib } = limits::checked(resources, self.vm.machine())?;
-        with_vm(&self.vm, "updating the container", self.guest.update(&self.guest_id, resources)).await?;
+        let Checked { resources, balloon_mib } = limits::checked(resources, live.vm.machine())?;
+        live.ask("updating the container", live.guest.update(&self.guest_id, resources)).await?;
         if let Some(mib) = balloon_mib
-            && let Err(error) = self.vm.set_balloon(mib).await
+            && let Err(error) = live.vm.set_balloon(mib).await
         {
             // The limit is kept all the same.
             warn!(self.log, "the balloon keeps its size"; "wanted_mib" => mib, "error" => %error);
@@ -315,9 +333,9 @@ impl Container {
     }
 
     pub(crate) async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {
+        let live = self.live();
         self.alive("resize")?;
-        with_vm(&self.vm, "resizing a terminal", self.guest.resize(&self.guest_id, exec_id, width, height))
-            .await
+        live.ask("resizing a terminal", live.guest.resize(&self.guest_id, exec_id, width, height)).await
     }
 
     /// Its processes still exist, as far as is known.
@@ -334,7 +352,8 @@ impl Container {
 
     /// How long the agent took to become ready, if it tells.
     pub(crate) async fn agent_boot_ns(&self) -> Option<u64> {
-        self.guest.agent_boot_ns().await.ok().flatten()
+        let live = self.live();
+        live.guest.agent_boot_ns().await.ok().flatten()
     }
 
     /// Takes the container out of the guest: its disks are unmounted and clean afterwards. Works
@@ -382,7 +401,8 @@ impl Container {
     }
 
     async fn delete_in_guest(&self) {
-        match with_vm(&self.vm, "deleting the container", self.guest.delete(&self.guest_id, "")).await {
+        let live = self.live();
+        match live.ask("deleting the container", live.guest.delete(&self.guest_id, "")).await {
             Ok(()) | Err(Error::Vm(_)) => {}
             Err(Error::Guest(GuestError::Refused { code: Code::NOT_FOUND, .. })) => {}
             // The VM goes anyway; what the guest had not written back is lost.

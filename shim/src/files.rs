@@ -48,32 +48,44 @@ impl Files {
 impl files_ttrpc::Files for Files {
     async fn stat(&self, _: &TtrpcContext, mut request: StatRequest) -> ttrpc::Result<StatResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("stat", |files, context| files.stat(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "stat", |files, context| files.stat(context, &request))
+            .await?)
     }
 
     async fn list(&self, _: &TtrpcContext, mut request: ListRequest) -> ttrpc::Result<ListResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("list", |files, context| files.list(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "list", |files, context| files.list(context, &request))
+            .await?)
     }
 
     async fn read(&self, _: &TtrpcContext, mut request: ReadRequest) -> ttrpc::Result<ReadResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("read", |files, context| files.read(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "read", |files, context| files.read(context, &request))
+            .await?)
     }
 
     async fn write(&self, _: &TtrpcContext, mut request: WriteRequest) -> ttrpc::Result<WriteResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("write", |files, context| files.write(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "write", |files, context| files.write(context, &request))
+            .await?)
     }
 
     async fn remove(&self, _: &TtrpcContext, mut request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("remove", |files, context| files.remove(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "remove", |files, context| files.remove(context, &request))
+            .await?)
     }
 
     async fn rename(&self, _: &TtrpcContext, mut request: RenameRequest) -> ttrpc::Result<RenameResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("rename", |files, context| files.rename(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "rename", |files, context| files.rename(context, &request))
+            .await?)
     }
 
     async fn make_directory(
@@ -82,14 +94,17 @@ impl files_ttrpc::Files for Files {
         mut request: MakeDirectoryRequest,
     ) -> ttrpc::Result<MakeDirectoryResponse> {
         let container = self.find(&mut request.id)?;
-        let ask =
-            container.ask_files("make directory", |files, context| files.make_directory(context, &request));
+        let live = container.live();
+        let ask = container
+            .ask_files(&live, "make directory", |files, context| files.make_directory(context, &request));
         Ok(ask.await?)
     }
 
     async fn link(&self, _: &TtrpcContext, mut request: LinkRequest) -> ttrpc::Result<LinkResponse> {
         let container = self.find(&mut request.id)?;
-        Ok(container.ask_files("make link", |files, context| files.link(context, &request)).await?)
+        Ok(container
+            .ask_files(&container.live(), "make link", |files, context| files.link(context, &request))
+            .await?)
     }
 
     async fn set_attributes(
@@ -98,8 +113,9 @@ impl files_ttrpc::Files for Files {
         mut request: SetAttributesRequest,
     ) -> ttrpc::Result<SetAttributesResponse> {
         let container = self.find(&mut request.id)?;
-        let ask =
-            container.ask_files("set attributes", |files, context| files.set_attributes(context, &request));
+        let live = container.live();
+        let ask = container
+            .ask_files(&live, "set attributes", |files, context| files.set_attributes(context, &request));
         Ok(ask.await?)
     }
 

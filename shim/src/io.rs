@@ -8,7 +8,12 @@
 //! Clients close their end of the output when they learn of the exit (`ctr` does, in all
 //! versions), whatever is still in the fifo. So the exit is told when they have read all
 //! ([`Streams::settle`]), unless they stopped reading or the guest does not stop writing.
+//!
+//! A rollback puts another machine behind the same clients: each stream then has a further guest's end
+//! ([`Streams::go_on_with`]), which it comes to when it has read the one before to its end. A stream that has ended for its
+//! client stays ended; what another machine sends on it is thrown away.
 
+mod guest_ends;
 pub(crate) mod logger;
 mod sink;
 
@@ -20,13 +25,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use slog::{Logger as Log, debug, warn};
-use spore_agent_api::stream::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::unix::pipe::{OpenOptions, Receiver, Sender};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+pub(crate) use self::guest_ends::GuestEnds;
+use self::guest_ends::GuestOutput;
 use self::logger::Logger;
 use self::sink::Sink;
 use crate::guest::{Guest, GuestError, GuestStdio};
@@ -154,18 +160,28 @@ enum Input {
         guest: OwnedWriteHalf,
         closed: bool,
     },
-    /// The copy, and the writing end that keeps the fifo from ending before CloseIO.
+    /// The copy, what it goes on with, and the writing end that keeps the fifo from ending before CloseIO.
     Open {
         copy: JoinHandle<()>,
+        next: mpsc::UnboundedSender<OwnedWriteHalf>,
         keeper: Option<Sender>,
     },
+}
+
+/// A copy to a client.
+struct Output {
+    name: &'static str,
+    copy: JoinHandle<()>,
+    next: mpsc::UnboundedSender<GuestOutput>,
 }
 
 /// Running copies of one process.
 pub(crate) struct Streams {
     input: Mutex<Input>,
-    outputs: Mutex<Vec<JoinHandle<()>>>,
-    /// Output copies that have not ended.
+    /// Whether a client has one.
+    has_input: bool,
+    outputs: Mutex<Vec<Output>>,
+    /// Guest's ends of outputs that have not been copied to their end.
     running: watch::Sender<usize>,
     /// Grows with every byte that goes somewhere.
     progress: Arc<AtomicU64>,
@@ -177,6 +193,7 @@ impl Streams {
     fn new(log: &Log) -> Self {
         Self {
             input: Mutex::new(Input::None),
+            has_input: false,
             outputs: Mutex::default(),
             running: watch::Sender::new(0),
             progress: Arc::default(),
@@ -188,77 +205,76 @@ impl Streams {
     /// Connects each fifo with its guest stream.
     pub(crate) async fn attach(
         guest: &Guest,
-        (id, exec_id): (&str, &str),
+        process: (&str, &str),
         (terminal, restored): (bool, bool),
         ends: Ends,
         log: &Log,
     ) -> Result<Self, GuestError> {
-        // A restored process has the streams that it was created with: fewer than are wanted now, or more, which
-        // nobody reads, so that they must be emptied.
-        let open = async |name: &'static str, kind: Kind| match guest.open_stdio(id, exec_id, kind).await? {
-            None if !restored => Err(GuestError::Connect {
-                what: "open a stdio stream",
-                detail: format!("the process has no {name}"),
-            }),
-            stream => Ok(stream),
+        let wanted = GuestStdio {
+            stdin: ends.stdin.is_some(),
+            stdout: ends.stdout.is_some(),
+            stderr: ends.stderr.is_some(),
+            terminal,
         };
+        let found = GuestEnds::open(guest, process, wanted, restored).await?;
         let mut streams = Self::new(log);
         streams.logger = Mutex::new(ends.logger);
-        if terminal {
-            if (ends.stdin.is_some() || ends.stdout.is_some() || restored)
-                && let Some(stream) = open("terminal", Kind::Stdin).await?
-            {
-                let (from_guest, to_guest) = stream.into_split();
-                let rest = streams.set_input(ends.stdin, to_guest);
-                streams.start_output("terminal", ends.stdout, from_guest, rest);
-            }
-            return Ok(streams);
+        streams.has_input = ends.stdin.is_some();
+        if let Some((path, guest)) = ends.stdin.zip(found.stdin) {
+            streams.input = Mutex::new(Input::Waiting { path, guest, closed: false });
         }
-        if ends.stdin.is_some()
-            && let Some(stream) = open("stdin", Kind::Stdin).await?
-        {
-            let (from_guest, to_guest) = stream.into_split();
-            streams.set_input(ends.stdin, to_guest);
-            // Nothing comes back on it.
-            drop(from_guest);
-        }
-        for (name, kind, sink) in
-            [("stdout", Kind::Stdout, ends.stdout), ("stderr", Kind::Stderr, ends.stderr)]
-        {
-            if (sink.is_some() || restored)
-                && let Some(stream) = open(name, kind).await?
-            {
-                let (from_guest, to_guest) = stream.into_split();
-                streams.start_output(name, sink, from_guest, Some(to_guest));
-            }
+        let (mut stdout, mut stderr) = (ends.stdout, ends.stderr);
+        for output in found.outputs {
+            let sink = if output.name == guest_ends::STDERR { stderr.take() } else { stdout.take() };
+            streams.start_output(sink, output);
         }
         Ok(streams)
     }
 
-    /// Gives the guest's end back when there is nothing to feed it.
-    fn set_input(&mut self, path: Option<PathBuf>, guest: OwnedWriteHalf) -> Option<OwnedWriteHalf> {
-        let Some(path) = path else { return Some(guest) };
-        self.input = Mutex::new(Input::Waiting { path, guest, closed: false });
-        None
+    /// The same process's streams in another machine, which it was restored in.
+    pub(crate) async fn find_again(
+        &self,
+        guest: &Guest,
+        process: (&str, &str),
+        terminal: bool,
+    ) -> Result<GuestEnds, GuestError> {
+        let wanted = GuestStdio { stdin: self.has_input, terminal, ..GuestStdio::default() };
+        GuestEnds::open(guest, process, wanted, true).await
     }
 
-    /// `keep` is the unused direction: closing it would look as if the client had gone.
-    fn start_output(
-        &self,
-        name: &'static str,
-        sink: Option<Sink>,
-        from_guest: OwnedReadHalf,
-        keep: Option<OwnedWriteHalf>,
-    ) {
-        let running = self.running.clone();
-        let (progress, log) = (Arc::clone(&self.progress), self.log.clone());
+    /// Another machine is in the place of the one that these belong to, which is going to end: what it has sent until
+    /// now still goes to the clients, then what the other one sends; what it has not taken of the input goes to the other.
+    pub(crate) fn go_on_with(&self, ends: GuestEnds) {
+        for output in ends.outputs {
+            let next = {
+                let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+                outputs.iter().find(|copy| copy.name == output.name).map(|copy| copy.next.clone())
+            };
+            let Some(next) = next else {
+                self.start_output(None, output);
+                continue;
+            };
+            self.running.send_modify(|count| *count += 1);
+            if next.send(output).is_err() {
+                self.running.send_modify(|count| *count -= 1);
+            }
+        }
+        if let Some(stdin) = ends.stdin {
+            match &mut *self.input() {
+                Input::None => {}
+                Input::Waiting { guest, .. } => *guest = stdin,
+                Input::Open { next, .. } => drop(next.send(stdin)),
+            }
+        }
+    }
+
+    fn start_output(&self, sink: Option<Sink>, first: GuestOutput) {
+        let name = first.name;
+        let (next, ends) = mpsc::unbounded_channel();
+        let (running, progress, log) = (self.running.clone(), Arc::clone(&self.progress), self.log.clone());
         running.send_modify(|count| *count += 1);
-        let copy = tokio::spawn(async move {
-            copy_output(name, from_guest, sink, &progress, &log).await;
-            drop(keep);
-            running.send_modify(|count| *count -= 1);
-        });
-        self.outputs.lock().unwrap_or_else(PoisonError::into_inner).push(copy);
+        let copy = tokio::spawn(copy_outputs(first, ends, sink, (running, progress), log));
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner).push(Output { name, copy, next });
     }
 
     fn input(&self) -> std::sync::MutexGuard<'_, Input> {
@@ -276,8 +292,9 @@ impl Streams {
                     path: path.display().to_string(),
                     source,
                 })?;
-                let copy = tokio::spawn(copy_input(receiver, guest, self.log.clone()));
-                *input = Input::Open { copy, keeper: (!closed).then_some(keeper) };
+                let (next, ends) = mpsc::unbounded_channel();
+                let copy = tokio::spawn(copy_input(receiver, guest, ends, self.log.clone()));
+                *input = Input::Open { copy, next, keeper: (!closed).then_some(keeper) };
             }
             other => *input = other,
         }
@@ -328,7 +345,7 @@ impl Streams {
             copy.abort();
         }
         for output in self.outputs.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            output.abort();
+            output.copy.abort();
         }
     }
 }
@@ -339,55 +356,117 @@ impl Drop for Streams {
     }
 }
 
-async fn copy_input(mut fifo: Receiver, mut guest: OwnedWriteHalf, log: Log) {
-    let mut buffer = vec![0; CHUNK];
-    let end: io::Result<()> = async {
-        loop {
-            let length = fifo.read(&mut buffer).await?;
-            if length == 0 {
-                return guest.shutdown().await;
-            }
-            guest.write_all(&buffer[..length]).await?;
+/// Bytes of the client's that the guest has still to take.
+struct Pending {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+/// Copies to one machine after the other, of the input as it comes.
+async fn copy_input(
+    fifo: Receiver,
+    mut guest: OwnedWriteHalf,
+    mut next: mpsc::UnboundedReceiver<OwnedWriteHalf>,
+    log: Log,
+) {
+    let mut fifo = Some(fifo);
+    let mut pending = Pending { buffer: vec![0; CHUNK], start: 0, end: 0 };
+    loop {
+        let ended = tokio::select! {
+            biased;
+            other = next.recv() => match other {
+                Some(other) => {
+                    guest = other;
+                    continue;
+                }
+                None => return,
+            },
+            ended = feed(fifo.as_mut(), &mut guest, &mut pending) => ended,
+        };
+        // A process that does not read its input to the end is no fault.
+        debug!(log, "stdin ended"; "result" => ?ended);
+        // So a client that goes on learns it.
+        fifo = None;
+        (pending.start, pending.end) = (0, 0);
+        match next.recv().await {
+            Some(other) => guest = other,
+            None => return,
         }
     }
-    .await;
-    // A process that does not read its input to the end is no fault.
-    debug!(log, "stdin ended"; "result" => ?end);
+}
+
+/// To the input's end. May be dropped at any time: `pending` has what was not taken then.
+async fn feed(
+    mut fifo: Option<&mut Receiver>,
+    guest: &mut OwnedWriteHalf,
+    pending: &mut Pending,
+) -> io::Result<()> {
+    loop {
+        while pending.start < pending.end {
+            pending.start += guest.write(&pending.buffer[pending.start..pending.end]).await?;
+        }
+        let length = match &mut fifo {
+            Some(fifo) => fifo.read(&mut pending.buffer).await?,
+            None => 0,
+        };
+        (pending.start, pending.end) = (0, length);
+        if length == 0 {
+            return guest.shutdown().await;
+        }
+    }
+}
+
+/// Copies one machine's output after the other's. Ends when nothing can follow.
+async fn copy_outputs(
+    first: GuestOutput,
+    mut next: mpsc::UnboundedReceiver<GuestOutput>,
+    mut sink: Option<Sink>,
+    (running, progress): (watch::Sender<usize>, Arc<AtomicU64>),
+    log: Log,
+) {
+    let mut current = Some(first);
+    while let Some(output) = current {
+        let (name, mut total) = (output.name, 0);
+        if let Err(error) = copy_output(output, sink.as_mut(), &mut total, &progress).await {
+            warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
+        }
+        current = next.try_recv().ok();
+        let last = current.is_none();
+        if last {
+            let finished = match sink.take() {
+                Some(sink) => sink.finish(&progress).await,
+                None => Ok(()),
+            };
+            debug!(log, "stream ended"; "stream" => name, "bytes" => total, "finished" => ?finished);
+        }
+        running.send_modify(|count| *count -= 1);
+        if last {
+            current = next.recv().await;
+        }
+    }
 }
 
 async fn copy_output(
-    name: &'static str,
-    mut guest: OwnedReadHalf,
-    mut sink: Option<Sink>,
+    mut output: GuestOutput,
+    mut sink: Option<&mut Sink>,
+    total: &mut u64,
     progress: &AtomicU64,
-    log: &Log,
-) {
+) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
-    let mut total = 0u64;
-    let end: io::Result<()> = async {
-        loop {
-            let length = guest.read(&mut buffer).await?;
-            if length == 0 {
-                return Ok(());
-            }
-            total += length as u64;
-            let mut rest = &buffer[..length];
-            while let Some(sink) = sink.as_mut().filter(|_| !rest.is_empty()) {
-                let written = sink.write(rest).await?;
-                progress.fetch_add(written as u64, Ordering::Relaxed);
-                rest = &rest[written..];
-            }
+    loop {
+        let length = output.from.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(());
+        }
+        *total += length as u64;
+        let mut rest = &buffer[..length];
+        while let Some(sink) = sink.as_mut().filter(|_| !rest.is_empty()) {
+            let written = sink.write(rest).await?;
+            progress.fetch_add(written as u64, Ordering::Relaxed);
+            rest = &rest[written..];
         }
     }
-    .await;
-    if let Err(error) = end {
-        warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
-    }
-    let finished = match sink {
-        Some(sink) => sink.finish(progress).await,
-        None => Ok(()),
-    };
-    debug!(log, "stream ended"; "stream" => name, "bytes" => total, "finished" => ?finished);
 }
 
 #[cfg(test)]

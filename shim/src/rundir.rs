@@ -31,6 +31,9 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) file_server: Option<ProcessId>,
     pub(crate) holder: Option<ProcessId>,
+    /// VMM and file server of a machine that is to take the place of that one, or whose place it has taken, while there are two.
+    #[serde(default)]
+    pub(crate) others: Vec<ProcessId>,
     /// The shim is on its way out: who reclaims waits for it a little.
     #[serde(default)]
     pub(crate) ending: bool,
@@ -249,6 +252,7 @@ pub(crate) fn reclaim(path: &Path) -> (Record, Vec<String>) {
     }
     // The shim first: a living one would report the end of its VM as an accident.
     let others = [("VMM", record.vmm), ("file server", record.file_server), ("holder", record.holder)];
+    let others = others.into_iter().chain(record.others.iter().map(|other| ("rollback's", Some(*other))));
     for (name, process) in [("shim", record.shim)].into_iter().chain(others) {
         let Some(process) = process.filter(|process| Some(*process) != this) else { continue };
         if let Err(error) = process.kill(KILL_DEADLINE) {

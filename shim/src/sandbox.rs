@@ -6,6 +6,7 @@
 
 mod end;
 mod machine;
+mod rollback;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -25,7 +26,7 @@ use crate::bundle::Bundle;
 use crate::checkpoint::{self, Restored};
 use crate::clone::{self, Identity};
 use crate::config::Config;
-use crate::container::{Container, Parts, with_vm};
+use crate::container::{Basis, Container, Live, Parts, with_vm};
 use crate::error::Error;
 use crate::events::Events;
 use crate::holder::Holder;
@@ -40,9 +41,6 @@ use crate::snapshot::Store;
 use crate::timeline::Timeline;
 use crate::vm::{HostFiles, Vm};
 use crate::volumes::{self, FileServer, SavedVolumes};
-
-/// Where the file server of volumes writes its messages, in the run-time directory.
-const FILE_SERVER_LOG: &str = "fs.log";
 
 enum Slot {
     Creating,
@@ -256,8 +254,7 @@ impl Sandbox {
         }
 
         let adopted = Arc::clone(&making.adopted);
-        let ground =
-            Ground { vm: &vm, files: &files, bundle: &bundle, dir: &dir, wanted: &wanted, adopted: &adopted };
+        let ground = Ground { vm: &vm, files: &files, bundle: &bundle, wanted: &wanted, adopted: &adopted };
         let remembered = restored.as_ref().map(|restored| restored.remembered.clone());
         let identity = restored.as_ref().and_then(|restored| restored.identity.clone());
         let ready = async {
@@ -302,8 +299,8 @@ impl Sandbox {
             disks,
             bundle: bundle.path.display().to_string(),
             stdio,
-            vm: Arc::clone(&vm),
-            guest,
+            live: Live { vm: Arc::clone(&vm), guest },
+            basis: Basis { hostname: bundle.hostname.clone(), volumes: bundle.volumes.clone() },
             network,
             streams,
             holder,
@@ -351,24 +348,16 @@ impl Sandbox {
     /// Starts the server of the bundle's volumes, if it has some; it goes on with the `saved` ones.
     async fn serve_volumes(
         &self,
-        bundle: &Bundle,
-        dir: &RunDir,
+        (vm, bundle): (&Vm, &Bundle),
         saved: Option<SavedVolumes>,
     ) -> Result<Option<(FileServer, Vec<UnixStream>)>, Error> {
-        if bundle.volumes.is_empty() {
-            return Ok(None);
+        let served = volumes::serve(&self.context.config, vm, &bundle.volumes, saved).await?;
+        if let Some((server, _)) = &served {
+            let id = server.id();
+            let dir_error = |source| Error::RunDir { path: vm.dir().path().into(), source };
+            vm.dir().record(|record| record.file_server = Some(id)).map_err(dir_error)?;
         }
-        let dir_error = |source| Error::RunDir { path: dir.path().into(), source };
-        let log = dir.create_file(FILE_SERVER_LOG).map_err(dir_error)?;
-        let (program, volumes) = (self.context.config.file_server.clone(), bundle.volumes.clone());
-        let start = move || FileServer::start(&program, log, &volumes, saved.as_ref());
-        let started = tokio::task::spawn_blocking(start)
-            .await
-            .map_err(|_| Error::Abandoned(self.context.id.clone()))?;
-        let (server, sockets) = started?;
-        let id = server.id();
-        dir.record(|record| record.file_server = Some(id)).map_err(dir_error)?;
-        Ok(Some((server, sockets)))
+        Ok(served)
     }
 
     pub(crate) async fn start(&self, id: &str) -> Result<u32, Error> {

@@ -3,16 +3,18 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::api::v1::snapshots::create_request::Wait;
-use crate::api::v1::snapshots::{CreateRequest, CreateResponse};
+use crate::api::v1::snapshots::{CreateRequest, CreateResponse, RollbackRequest, RollbackResponse};
 use crate::api::v1::snapshots_ttrpc::{self, create_snapshots};
 use crate::error::Error;
 use crate::sandbox::Sandbox;
 use crate::snapshot::manifest::Purpose;
+use crate::snapshot::{ManifestError, SnapshotId};
 use crate::task::to_the_end;
 
 /// The method table.
@@ -49,5 +51,25 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
             underway.written().await?;
         }
         Ok(answer)
+    }
+
+    async fn rollback(&self, _: &TtrpcContext, request: RollbackRequest) -> ttrpc::Result<RollbackResponse> {
+        let to: SnapshotId = request.snapshot.parse().map_err(|error: ManifestError| {
+            Error::Invalid(format!("rollback of container {}: {error}", request.id))
+        })?;
+        let sandbox = Arc::clone(&self.sandbox);
+        let times = to_the_end("rollback", async move { sandbox.rollback(&request.id, to).await }).await?;
+        let ns = |spent: Duration| u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+        Ok(RollbackResponse {
+            total_ns: ns(times.total),
+            gap_ns: ns(times.gap),
+            restore_ns: ns(times.restore),
+            agent_ns: ns(times.agent),
+            network_ns: ns(times.network),
+            streams_ns: ns(times.streams),
+            disk_ns: ns(times.disk),
+            thaw_ns: ns(times.thaw),
+            ..Default::default()
+        })
     }
 }

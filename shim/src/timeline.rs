@@ -34,6 +34,11 @@ impl Timeline {
         self.0.entry(key).or_insert(value.into());
     }
 
+    /// The last one counts.
+    pub(crate) fn put(&mut self, key: &'static str, value: impl Into<Value>) {
+        self.0.insert(key.into(), value.into());
+    }
+
     /// Appends the line. One `write(2)` with O_APPEND: lines of concurrent shims do not mix.
     pub(crate) fn write(&self, path: &Path) -> std::io::Result<()> {
         let mut line = serde_json::to_string(&self.0)?;

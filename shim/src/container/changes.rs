@@ -3,13 +3,14 @@
 
 use slog::{info, warn};
 
-use super::{Container, with_vm};
+use super::Container;
 use crate::error::Error;
 use crate::rootfs::Changes;
 
 impl Container {
     /// After the container was frozen. A pause that would show a client nothing, or half, is refused.
     pub(super) async fn export_for_pause(&self) -> Result<(), Error> {
+        let live = self.live();
         let Some(changes) = &self.changes else { return Ok(()) };
         let killed = async {
             self.ending.over().await;
@@ -17,9 +18,7 @@ impl Container {
         };
         let Err(error) = self.export(changes, killed).await else { return Ok(()) };
         // It runs on as if nothing had been asked.
-        if let Err(thaw) =
-            with_vm(&self.vm, "resuming the container", self.guest.resume(&self.guest_id)).await
-        {
+        if let Err(thaw) = live.ask("resuming the container", live.guest.resume(&self.guest_id)).await {
             warn!(self.log, "not thawed after a pause that was refused"; "error" => %thaw);
         }
         Err(error)
@@ -59,11 +58,32 @@ impl Container {
         Ok(())
     }
 
+    /// After a container that is paused has gone back: what a client sees of it does so too.
+    pub(super) async fn export_anew(&self) {
+        let Some(changes) = &self.changes else { return };
+        let killed = async {
+            self.ending.over().await;
+            "the container has ended meanwhile"
+        };
+        let exported = async {
+            self.take_changes_back().await?;
+            self.export(changes, killed).await
+        };
+        if let Err(error) = exported.await {
+            let reason = error.to_string();
+            warn!(self.log, "what the container has written as of its snapshot is not exported: commit and diff do not see it"; "cause" => &reason);
+            if let Err(error) = changes.fail(&reason).await {
+                warn!(self.log, "the upper directory is not as it was"; "error" => %error);
+            }
+        }
+    }
+
     async fn export(&self, changes: &Changes, stop: impl Future<Output = &'static str>) -> Result<(), Error> {
-        let asked = self.guest.open_changes(&self.guest_id);
-        let stream = with_vm(&self.vm, "asking for the container's changes", asked).await?;
+        let live = self.live();
+        let asked = live.guest.open_changes(&self.guest_id);
+        let stream = live.ask("asking for the container's changes", asked).await?;
         let ended = async {
-            self.vm.ended().await;
+            live.vm.ended().await;
             "the virtual machine has ended"
         };
         let stop = async {

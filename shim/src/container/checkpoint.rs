@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
 use slog::{Logger, info, warn};
 
-use super::{Container, Phase, with_vm};
+use super::{Container, Phase};
 use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
 use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
@@ -78,6 +78,7 @@ impl Container {
         to: Vec<PathBuf>,
         end: bool,
     ) -> Result<(), Error> {
+        let staying = self.staying.read().await;
         let (turn, taken) = self.stand_and_take(&store, end).await?;
         // Writing takes as long as it takes; meanwhile a container that goes on may end, and be deleted.
         let turn = end.then_some(turn);
@@ -88,6 +89,7 @@ impl Container {
             Ok::<_, Error>(id)
         };
         let written = written.await;
+        drop(staying);
         if turn.is_some() && written.is_err() && self.phase() == Phase::Running {
             // It has not come to its end: as if nothing had been asked.
             self.thaw().await?;
@@ -123,7 +125,7 @@ impl Container {
         Ok(())
     }
 
-    /// Until the VM goes on, and with it the container unless it was paused or is to end.
+    /// Until the VM goes on, and with it the container unless it was paused or is to end. The caller sees to it that the machine stays.
     pub(super) async fn stand_and_take(
         &self,
         store: &Store,
@@ -149,6 +151,7 @@ impl Container {
             self.thaw().await?;
         }
         let mut taken = taken?;
+        self.captured.note(taken.id(), &self.execs());
         if phase == Phase::Running {
             taken.stood = begun.elapsed();
         }
@@ -168,7 +171,8 @@ impl Container {
     }
 
     async fn stand(&self) -> Result<(), Error> {
-        let paused = with_vm(&self.vm, "freezing the container", self.guest.pause(&self.guest_id)).await;
+        let live = self.live();
+        let paused = live.ask("freezing the container", live.guest.pause(&self.guest_id)).await;
         if matches!(paused, Err(Error::Guest(_))) {
             // It may have come to it after all.
             self.thaw().await?;
@@ -177,9 +181,10 @@ impl Container {
     }
 
     /// A container that does not go on is a paused one, so that a client can resume it.
-    async fn thaw(&self) -> Result<(), Error> {
-        let resumed = self.guest.resume(&self.guest_id);
-        let thawed = with_vm(&self.vm, "thawing the container", resumed).await;
+    pub(super) async fn thaw(&self) -> Result<(), Error> {
+        let live = self.live();
+        let resumed = live.guest.resume(&self.guest_id);
+        let thawed = live.ask("thawing the container", resumed).await;
         if thawed.is_err() && self.phase() == Phase::Running {
             self.enter(Phase::Paused);
             self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
@@ -189,10 +194,11 @@ impl Container {
 
     /// All that has to do with files.
     async fn prepare(&self, store: &Store, disks: &mut HeldDisks) -> Result<Prepared, Error> {
+        let live = self.live();
         let lower = disks.lower.iter().map(|(serial, image)| Ok((serial.clone(), image.try_clone()?)));
         let lower =
             lower.collect::<std::io::Result<_>>().map_err(StoreError::own("open", "an image again"))?;
-        let (store, machine) = (store.clone(), self.vm.machine().clone());
+        let (store, machine) = (store.clone(), live.vm.machine().clone());
         let begun = blocking(move || {
             admit(&store, &machine)?;
             let mut draft = store.begin()?;
@@ -234,6 +240,7 @@ impl Container {
 
     /// Saves the VM with its disks.
     async fn take(&self, prepared: Prepared, disks: &mut HeldDisks) -> Result<Taken, Error> {
+        let live = self.live();
         let Prepared { draft, state, memory, layer, lower, captured, staged } = prepared;
         let name = layer.to_string();
         let to = Destination {
@@ -242,7 +249,7 @@ impl Container {
             layer: &name,
             disks: &[(disks.writable.as_str(), &staged.file)],
         };
-        match self.vm.save(&to).await {
+        match live.vm.save(&to).await {
             Ok(saved) => {
                 let (held, stood) = (self.merging.capture(), Duration::ZERO);
                 let writable = disks.writable.clone();
@@ -252,7 +259,7 @@ impl Container {
             Err(error @ VmError::Ended { .. }) => Err(error.into()),
             // It may still be switched, who knows when.
             Err(error @ VmError::Stuck { .. }) => {
-                self.vm.kill().await;
+                live.vm.kill().await;
                 Err(error.into())
             }
             Err(error) => {
@@ -264,11 +271,12 @@ impl Container {
 
     /// Waits until all of it is written, and puts it into the store. Its caller may have `turn`.
     pub(super) async fn finish(&self, taken: Taken, purpose: Purpose) -> Result<SnapshotId, Error> {
+        let live = self.live();
         let Taken { mut draft, state, layer, mut saved, lower, writable, captured, held, .. } = taken;
         let volumes = saved.volumes.take();
         let needed = saved.written().await?;
         let host = |operation| move |source| VmError::Host { operation, source };
-        let origin = self.vm.origin().map_err(host("look at the memory layers"))?;
+        let origin = live.vm.origin().map_err(host("look at the memory layers"))?;
         let own = layer.to_string();
         if let Some(missing) =
             needed.iter().find(|id| **id != own && !origin.iter().any(|(had, _)| had == *id))
@@ -305,7 +313,8 @@ impl Container {
 
     /// All of the manifest that is known before the snapshot's files are.
     fn about(&self, purpose: Purpose) -> Manifest {
-        let machine = self.vm.machine();
+        let live = self.live();
+        let machine = live.vm.machine();
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let remembered = Remembered {
             guest_id: self.guest_id.clone(),

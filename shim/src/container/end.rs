@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use ttrpc::Code;
 
-use super::{Container, Exit, LOST, Phase, timestamp, with_vm};
+use super::{Container, Exec, Exit, LOST, Live, Phase, timestamp};
 use crate::error::Error;
 use crate::guest::GuestError;
 use crate::io::Streams;
@@ -111,14 +111,26 @@ impl Container {
 
     /// The status and, if the guest told it, the time.
     async fn end_of_process(&self) -> (u32, Option<i64>) {
+        loop {
+            let live = self.live();
+            tokio::select! {
+                biased;
+                // The end of a machine that was replaced is nobody's.
+                () = self.replaced(&live) => {}
+                end = self.end_in(&live) => return end,
+            }
+        }
+    }
+
+    async fn end_in(&self, live: &Live) -> (u32, Option<i64>) {
         tokio::select! {
             // An answer that has arrived counts, whatever became of the guest since.
             biased;
-            answer = self.guest.wait(&self.guest_id, "") => match answer {
+            answer = live.guest.wait(&self.guest_id, "") => match answer {
                 Ok(exit) => return (exit.status, Some(exit.at_ns)),
                 Err(error) => {
                     // Without its agent a guest is lost; PID 1's end usually ends the VM.
-                    match tokio::time::timeout(LOST, self.vm.ended()).await {
+                    match tokio::time::timeout(LOST, live.vm.ended()).await {
                         Ok(end) => self.say_vm_ended(&end.cause),
                         Err(_) => {
                             warn!(self.log, "the guest's agent is gone, ending its VM"; "error" => %error);
@@ -127,7 +139,7 @@ impl Container {
                     }
                 }
             },
-            end = self.vm.ended() => self.say_vm_ended(&end.cause),
+            end = live.vm.ended() => self.say_vm_ended(&end.cause),
             () = set(&self.ending.cut) => {}
         }
         (KILLED_STATUS, None)
@@ -138,26 +150,48 @@ impl Container {
     }
 
     /// The status of an exec and, if the guest told it, the time.
-    pub(super) async fn end_of_exec(&self, exec_id: &str) -> (u32, Option<i64>) {
+    pub(super) async fn end_of_exec(&self, exec: &Exec) -> (u32, Option<i64>) {
+        loop {
+            let live = self.live();
+            tokio::select! {
+                biased;
+                // The machine in its place may never have had it.
+                () = exec.dropped() => return (KILLED_STATUS, None),
+                () = self.replaced(&live) => {}
+                end = self.end_of_exec_in(&live, &exec.id) => return end,
+            }
+        }
+    }
+
+    async fn end_of_exec_in(&self, live: &Live, exec_id: &str) -> (u32, Option<i64>) {
         let lost = async {
             tokio::select! {
-                _ = self.vm.ended() => {}
+                _ = live.vm.ended() => {}
                 () = set(&self.ending.cut) => {}
             }
         };
         tokio::select! {
             biased;
-            Ok(exit) = self.guest.wait(&self.guest_id, exec_id) => (exit.status, Some(exit.at_ns)),
+            Ok(exit) = live.guest.wait(&self.guest_id, exec_id) => (exit.status, Some(exit.at_ns)),
             // Who watches the container's init sees to a guest that does not answer.
             () = lost => (KILLED_STATUS, None),
         }
     }
 
-    /// Follows the kernel's kills for lack of memory as long as the guest tells them.
-    pub(super) async fn watch_memory(self: Arc<Self>) {
-        let mut seen = if self.restored { self.kills_so_far().await } else { 0 };
+    /// Follows the kernel's kills for lack of memory in this machine, and in no other any more. One that was restored has counted
+    /// some already.
+    pub(super) fn follow_memory(self: &Arc<Self>, live: Arc<Live>, restored: bool) {
+        let watching = tokio::spawn(Arc::clone(self).watch_memory(live, restored));
+        let before = self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(watching);
+        if let Some(before) = before {
+            before.abort();
+        }
+    }
+
+    async fn watch_memory(self: Arc<Self>, live: Arc<Live>, restored: bool) {
+        let mut seen = if restored { self.kills_so_far(&live).await } else { 0 };
         loop {
-            match self.guest.wait_oom(&self.guest_id, seen).await {
+            match live.guest.wait_oom(&self.guest_id, seen).await {
                 Ok(kills) if kills > seen => seen = kills,
                 Ok(_) => return,
                 // The container has ended.
@@ -174,8 +208,8 @@ impl Container {
     }
 
     /// Those that a restored container's counter came with.
-    async fn kills_so_far(&self) -> u64 {
-        let files = self.guest.stats(&self.guest_id).await.unwrap_or_default();
+    async fn kills_so_far(&self, live: &Live) -> u64 {
+        let files = live.guest.stats(&self.guest_id).await.unwrap_or_default();
         let events = files.get("memory.events").map_or("", String::as_str);
         let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
         kills.unwrap_or(0)
@@ -214,14 +248,23 @@ impl Container {
     }
 
     pub(crate) async fn kill(self: &Arc<Self>, signal: u32, all: bool) -> Result<(), Error> {
-        if *self.ending.over.borrow() || self.vm.has_ended() {
+        if self.is_over() || self.live().vm.has_ended() {
             return Err(Error::Finished);
         }
         let fatal = signal == libc::SIGKILL.unsigned_abs();
         if fatal {
             tokio::spawn(Arc::clone(self).insist());
         }
-        match with_vm(&self.vm, "signalling", self.guest.signal(&self.guest_id, "", signal, all)).await {
+        let sent = loop {
+            let live = self.live();
+            tokio::select! {
+                biased;
+                // Whichever machine it reached: it is meant for the container.
+                () = self.replaced(&live) => {}
+                sent = live.ask("signalling", live.guest.signal(&self.guest_id, "", signal, all)) => break sent,
+            }
+        };
+        match sent {
             Err(Error::Vm(_)) if fatal => Ok(()),
             Err(Error::Vm(_)) => Err(Error::Finished),
             Err(Error::Guest(error)) if fatal && error.is_silence() => {
@@ -247,29 +290,37 @@ impl Container {
 
     /// Gives the guest up: what it has not written back is lost.
     async fn cut(&self) {
-        self.vm.kill().await;
+        let live = self.live();
+        live.vm.kill().await;
         self.ending.cut.send_replace(true);
+    }
+
+    /// Whether the process has ended, as far as is known.
+    pub(super) fn is_over(&self) -> bool {
+        *self.ending.over.borrow()
     }
 
     /// Whether there is no guest any more that could be asked for anything.
     pub(super) fn is_lost(&self) -> bool {
-        self.vm.has_ended() || *self.ending.cut.borrow()
+        let live = self.live();
+        live.vm.has_ended() || *self.ending.cut.borrow()
     }
 
     /// Ends the process and the guest as a machine's own shutdown would, disks written back; by
     /// force when the guest does not do it in time. The exit then waits for no client.
     pub(crate) async fn shut_down(&self) {
+        let live = self.live();
         self.ending.hurried.send_replace(true);
         if self.is_lost() {
             return;
         }
-        let asked = self.guest.shutdown(GRACE, SHUTDOWN);
-        match with_vm(&self.vm, "shutting the guest down", asked).await {
+        let asked = live.guest.shutdown(GRACE, SHUTDOWN);
+        match live.ask("shutting the guest down", asked).await {
             // It powers itself off when its answer is out.
-            Ok(()) => drop(tokio::time::timeout(LOST, self.vm.ended()).await),
+            Ok(()) => drop(tokio::time::timeout(LOST, live.vm.ended()).await),
             Err(error) => warn!(self.log, "the guest did not shut down in order"; "error" => %error),
         }
-        if !self.vm.has_ended() {
+        if !live.vm.has_ended() {
             self.cut().await;
         }
     }

@@ -1,6 +1,7 @@
 //! Further processes of a container: added by Exec, run by Start, told apart by their exec id.
 //! Their pid is the task's, for the host has no other.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -9,7 +10,8 @@ use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskE
 use slog::{info, warn};
 use tokio::sync::watch;
 
-use super::{Container, DRAIN, Exit, Phase, timestamp, with_vm};
+use super::end::KILLED_STATUS;
+use super::{Container, DRAIN, Exit, Phase, timestamp};
 use crate::bundle::confinement;
 use crate::error::Error;
 use crate::io::{Ends, Stdio, Streams};
@@ -27,6 +29,10 @@ pub(crate) struct Exec {
     streams: Mutex<Option<Arc<Streams>>>,
     /// CloseIO came before Start.
     input_closed: Mutex<bool>,
+    /// The container has gone back to before it began.
+    dropped: watch::Sender<bool>,
+    /// Its end is known, and perhaps not told yet.
+    ended: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -34,7 +40,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Exec {
-    fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> Phase {
         *lock(&self.phase)
     }
 
@@ -69,6 +75,29 @@ impl Exec {
         }
     }
 
+    /// Waits until the container has gone back to before it began.
+    pub(super) async fn dropped(&self) {
+        // Its sender is the exec's.
+        let _ = self.dropped.subscribe().wait_for(|dropped| *dropped).await;
+    }
+
+    /// See [`Self::dropped`]. One that runs has ended then, as if it had been killed; who follows it says so.
+    pub(super) fn drop_out(&self) {
+        self.dropped.send_replace(true);
+        if self.phase() == Phase::Created {
+            self.enter(Phase::Stopped);
+            self.exit.send_replace(Some(Exit { status: KILLED_STATUS, at: SystemTime::now() }));
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    pub(super) fn streams(&self) -> Option<Arc<Streams>> {
+        lock(&self.streams).clone()
+    }
+
     fn attach(&self, streams: Arc<Streams>) {
         let mut slot = lock(&self.streams);
         if *lock(&self.input_closed) {
@@ -83,9 +112,15 @@ impl Container {
         lock(&self.execs).get(exec_id).cloned().ok_or_else(|| Error::NoProcess(exec_id.into()))
     }
 
+    /// All that have not been deleted.
+    pub(super) fn execs(&self) -> Vec<Arc<Exec>> {
+        lock(&self.execs).values().cloned().collect()
+    }
+
     /// Adds a process; `process` is its OCI process object.
     pub(crate) async fn add_exec(&self, exec_id: &str, process: Vec<u8>, stdio: Stdio) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        let live = self.live();
         match self.phase() {
             Phase::Created | Phase::Running => {}
             phase => return Err(Error::State(format!("cannot exec in a {} state", phase.name()))),
@@ -99,8 +134,7 @@ impl Container {
         stdio.check()?;
         confinement::check_exec(&process).map_err(Error::Invalid)?;
         let wanted = stdio.wanted();
-        with_vm(&self.vm, "preparing a process", self.guest.exec(&self.guest_id, exec_id, process, wanted))
-            .await?;
+        live.ask("preparing a process", live.guest.exec(&self.guest_id, exec_id, process, wanted)).await?;
         let exec = Exec {
             id: exec_id.into(),
             stdio,
@@ -108,6 +142,8 @@ impl Container {
             exit: watch::Sender::new(None),
             streams: Mutex::default(),
             input_closed: Mutex::default(),
+            dropped: watch::Sender::new(false),
+            ended: AtomicBool::new(false),
         };
         lock(&self.execs).insert(exec_id.into(), Arc::new(exec));
         self.events.send(TaskExecAdded {
@@ -121,6 +157,7 @@ impl Container {
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<(), Error> {
         let exec = self.exec(exec_id)?;
         let _turn = self.turn.lock().await;
+        let live = self.live();
         match (exec.phase(), self.phase()) {
             (Phase::Created, Phase::Created | Phase::Running) => {}
             (Phase::Created, phase) => {
@@ -130,7 +167,7 @@ impl Container {
         }
         let ends = Ends::open(&exec.stdio, self.events.namespace(), exec_id).await?;
         let started = SystemTime::now();
-        let result = with_vm(&self.vm, "starting a process", self.guest.start(&self.guest_id, exec_id)).await;
+        let result = live.ask("starting a process", live.guest.start(&self.guest_id, exec_id)).await;
         if let Err(error) = result {
             exec.enter(Phase::Stopped);
             // Whoever waits for it learns that there is nothing to wait for.
@@ -142,8 +179,8 @@ impl Container {
             Ok(streams) => Arc::new(streams),
             Err(error) => {
                 // Nobody could follow it.
-                let kill = self.guest.signal(&self.guest_id, exec_id, libc::SIGKILL.unsigned_abs(), false);
-                let _ = with_vm(&self.vm, "signalling", kill).await;
+                let kill = live.guest.signal(&self.guest_id, exec_id, libc::SIGKILL.unsigned_abs(), false);
+                let _ = live.ask("signalling", kill).await;
                 self.spawn_watch(&exec, None, started);
                 return Err(error);
             }
@@ -160,9 +197,10 @@ impl Container {
     }
 
     async fn attach_exec(&self, exec: &Exec, ends: Ends) -> Result<Streams, Error> {
+        let live = self.live();
         let process = (self.guest_id.as_str(), exec.id.as_str());
-        let attached = Streams::attach(&self.guest, process, (exec.stdio.terminal, false), ends, &self.log);
-        let streams = with_vm(&self.vm, "connecting standard streams", attached).await?;
+        let attached = Streams::attach(&live.guest, process, (exec.stdio.terminal, false), ends, &self.log);
+        let streams = live.ask("connecting standard streams", attached).await?;
         streams.start_input()?;
         Ok(streams)
     }
@@ -171,7 +209,8 @@ impl Container {
     fn spawn_watch(self: &Arc<Self>, exec: &Arc<Exec>, streams: Option<Arc<Streams>>, started: SystemTime) {
         let (this, exec) = (Arc::clone(self), Arc::clone(exec));
         tokio::spawn(async move {
-            let (status, guest_ns) = this.end_of_exec(&exec.id).await;
+            let (status, guest_ns) = this.end_of_exec(&exec).await;
+            exec.ended.store(true, Ordering::Release);
             let at = this.exit_time(guest_ns, started);
             if let Some(streams) = streams
                 && !this.settle(&streams).await
@@ -194,12 +233,13 @@ impl Container {
     }
 
     pub(crate) async fn kill_exec(&self, exec_id: &str, signal: u32) -> Result<(), Error> {
+        let live = self.live();
         match self.exec(exec_id)?.phase() {
             Phase::Created => return Err(Error::State("process not created".into())),
             Phase::Stopped | Phase::Deleted => return Err(Error::Finished),
             Phase::Running | Phase::Paused => {}
         }
-        with_vm(&self.vm, "signalling", self.guest.signal(&self.guest_id, exec_id, signal, false)).await
+        live.ask("signalling", live.guest.signal(&self.guest_id, exec_id, signal, false)).await
     }
 
     /// Forgets an exec that does not run.
@@ -208,7 +248,7 @@ impl Container {
         if exec.phase() == Phase::Running {
             return Err(Error::State("cannot delete a running process".into()));
         }
-        let streams = lock(&exec.streams).clone();
+        let streams = exec.streams();
         if let Some(streams) = streams
             && !streams.drain(DRAIN).await
         {
@@ -216,12 +256,13 @@ impl Container {
         }
         // A Start under way comes first.
         let _turn = self.turn.lock().await;
+        let live = self.live();
         if exec.phase() == Phase::Running {
             return Err(Error::State("cannot delete a running process".into()));
         }
         if !self.is_lost() {
-            let deleted = self.guest.delete(&self.guest_id, exec_id);
-            if let Err(error) = with_vm(&self.vm, "deleting a process", deleted).await {
+            let deleted = live.guest.delete(&self.guest_id, exec_id);
+            if let Err(error) = live.ask("deleting a process", deleted).await {
                 warn!(self.log, "the guest did not delete the exec"; "exec" => exec_id, "error" => %error);
             }
         }

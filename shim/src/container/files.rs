@@ -4,7 +4,7 @@ use spore_agent_api::v1::files::WatchRequest;
 use spore_agent_api::v1::files_ttrpc::FilesClient;
 use ttrpc::context::Context;
 
-use super::{Container, with_vm};
+use super::{Container, Live};
 use crate::error::Error;
 use crate::guest::{Guest, Watch};
 
@@ -13,7 +13,8 @@ const PHASE: &str = "asking for files";
 impl Container {
     /// Asks the guest, unless the container has ended.
     pub(crate) async fn ask_files<'a, T, F>(
-        &'a self,
+        &self,
+        live: &'a Live,
         call: &'static str,
         ask: impl FnOnce(&'a FilesClient, Context) -> F,
     ) -> Result<T, Error>
@@ -21,13 +22,14 @@ impl Container {
         F: Future<Output = ttrpc::Result<T>>,
     {
         self.alive("reach the files of")?;
-        let (files, context) = self.guest.files();
+        let (files, context) = live.guest.files();
         let answer = ask(files, context);
-        with_vm(&self.vm, PHASE, async { Guest::answered(call, answer.await) }).await
+        live.ask(PHASE, async { Guest::answered(call, answer.await) }).await
     }
 
     pub(crate) async fn watch_files(&self, request: &WatchRequest) -> Result<Watch, Error> {
+        let live = self.live();
         self.alive("watch the files of")?;
-        with_vm(&self.vm, PHASE, self.guest.watch(request)).await
+        live.ask(PHASE, live.guest.watch(request)).await
     }
 }

@@ -32,7 +32,7 @@ impl Merging {
 }
 
 impl Container {
-    /// Merges layers if there are `enough`. A failure leaves the disk as it was, and is tried again after the next checkpoint.
+    /// Merges layers if there are `enough`. The caller sees to it that the machine stays. A failure leaves the disk as it was, and is tried again after the next checkpoint.
     pub(super) async fn merge_layers(&self, enough: fn(&Layers) -> bool) {
         match self.try_merge(enough).await {
             Ok(true) => info!(self.log, "layers of the writable disk are merged"),
@@ -44,6 +44,7 @@ impl Container {
     }
 
     async fn try_merge(&self, enough: fn(&Layers) -> bool) -> Result<bool, Error> {
+        let live = self.live();
         let begun = {
             let disks = self.disks.lock().await;
             if !enough(&disks.layers) || self.merging.under_way.load(Ordering::Acquire) {
@@ -55,7 +56,7 @@ impl Container {
             merge.map(|merge| (disks.writable.clone(), merge))
         };
         let Some((serial, merge)) = begun else { return Ok(false) };
-        let done = self.vm.merge_disk(&serial, merge.numbers.clone(), &merge.staged.file).await;
+        let done = live.vm.merge_disk(&serial, merge.numbers.clone(), &merge.staged.file).await;
         let mut disks = self.disks.lock().await;
         let mut layers = disks.layers.clone();
         // Whether the VMM has merged, or has not, and says so.
@@ -83,6 +84,7 @@ impl Container {
 
     /// After each snapshot.
     pub(super) async fn look_after_layers(self: Arc<Self>) {
+        let _staying = self.staying.read().await;
         self.tidy_layers().await;
         self.merge_layers(Layers::are_many).await;
     }

@@ -31,12 +31,14 @@ impl Container {
         store: Store,
         purpose: Purpose,
     ) -> Result<Underway, Error> {
+        let staying = Arc::clone(&self.staying).read_owned().await;
         let (turn, taken) = self.stand_and_take(&store, false).await?;
         drop(turn);
         let (id, stood, times) = (taken.id(), taken.stood, taken.times());
         let this = Arc::clone(self);
         let writing = tokio::spawn(async move {
             let finished = this.finish(taken, purpose).await;
+            drop(staying);
             tokio::spawn(Arc::clone(&this).look_after_layers());
             match finished {
                 Ok(_) => {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use slog::o;
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 
 use super::*;
 
@@ -32,6 +33,22 @@ fn pattern(length: usize) -> Vec<u8> {
         .collect()
 }
 
+fn guest_end(name: &'static str, (from, keep): (OwnedReadHalf, OwnedWriteHalf)) -> GuestOutput {
+    GuestOutput { name, from, _keep: Some(keep) }
+}
+
+fn waiting(path: Option<PathBuf>, guest: OwnedWriteHalf) -> Mutex<Input> {
+    Mutex::new(Input::Waiting { path: path.unwrap(), guest, closed: false })
+}
+
+/// Another machine's end of the same streams, and its guest's: input and standard output.
+fn another() -> (GuestEnds, UnixStream, UnixStream) {
+    let ((shim_in, guest_in), (shim_out, guest_out)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let outputs = vec![guest_end("stdout", shim_out.into_split())];
+    (GuestEnds { stdin: Some(shim_in.into_split().1), outputs }, guest_in, guest_out)
+}
+
 /// Streams that carry a guest's standard output to a fifo, and the guest's end of it.
 async fn output_to(path: &Path) -> (Streams, UnixStream) {
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
@@ -39,7 +56,7 @@ async fn output_to(path: &Path) -> (Streams, UnixStream) {
     let (shim, guest) = UnixStream::pair().unwrap();
     let (from_guest, to_guest) = shim.into_split();
     let streams = Streams::new(&log());
-    streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
+    streams.start_output(ends.stdout, guest_end("stdout", (from_guest, to_guest)));
     (streams, guest)
 }
 
@@ -68,7 +85,7 @@ async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
     });
     let (from_guest, to_guest) = shim.into_split();
     let streams = Streams::new(&log());
-    streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
+    streams.start_output(ends.stdout, guest_end("stdout", (from_guest, to_guest)));
     // The process writes all and exits at once.
     let writer = tokio::spawn(async move {
         guest.write_all(&data).await.unwrap();
@@ -142,7 +159,7 @@ async fn output_is_settled_when_the_client_has_read_it_or_there_is_none() {
         let (shim, mut guest) = UnixStream::pair().unwrap();
         let (from_guest, to_guest) = shim.into_split();
         let streams = Streams::new(&log());
-        streams.start_output("stdout", ends.stdout, from_guest, Some(to_guest));
+        streams.start_output(ends.stdout, guest_end("stdout", (from_guest, to_guest)));
         guest.write_all(b"the last words").await.unwrap();
         drop(guest);
         if let Some(mut client) = client {
@@ -163,7 +180,7 @@ async fn input_ends_when_close_io_came_and_the_clients_have_left() {
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());
-    assert!(streams.set_input(ends.stdin, to_guest).is_none());
+    streams.input = waiting(ends.stdin, to_guest);
     streams.start_input().unwrap();
     let write = |path: PathBuf, text: &'static [u8]| async move {
         tokio::task::spawn_blocking(move || {
@@ -194,7 +211,7 @@ async fn close_io_before_start_loses_no_input() {
     let (shim, mut guest) = UnixStream::pair().unwrap();
     let (_from_guest, to_guest) = shim.into_split();
     let mut streams = Streams::new(&log());
-    assert!(streams.set_input(ends.stdin, to_guest).is_none());
+    streams.input = waiting(ends.stdin, to_guest);
     let opening = std::sync::Arc::new(std::sync::Barrier::new(2));
     let opened = std::sync::Arc::clone(&opening);
     let client = std::thread::spawn(move || {
@@ -220,6 +237,76 @@ async fn close_io_before_start_loses_no_input() {
     tokio::time::timeout(DEADLINE, guest.read_to_end(&mut text)).await.unwrap().unwrap();
     client.join().unwrap();
     assert_eq!(text, b"early");
+}
+
+#[tokio::test]
+async fn another_machines_output_follows_all_of_the_first_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdout");
+    let (streams, mut first) = output_to(&path).await;
+    // More than the fifo holds: it is on its way when the other machine comes.
+    let data = pattern(300_000);
+    let expected = [&data[..], b"second third"].concat();
+    let writer = tokio::spawn(async move {
+        first.write_all(&data).await.unwrap();
+        drop(first);
+    });
+    let (ends, _input, mut second) = another();
+    streams.go_on_with(ends);
+    second.write_all(b"second ").await.unwrap();
+    let (ends, _input, mut third) = another();
+    streams.go_on_with(ends);
+    drop(second);
+    third.write_all(b"third").await.unwrap();
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut all = Vec::new();
+        File::open(path).unwrap().read_to_end(&mut all).map(|_| all)
+    });
+    writer.await.unwrap();
+    assert!(!streams.settle(Duration::from_millis(200), DEADLINE).await, "the third goes on");
+    drop(third);
+    assert!(streams.settle(DEADLINE, DEADLINE).await);
+    assert!(reader.await.unwrap().unwrap() == expected);
+    // The client has seen the end: what comes now is thrown away, and blocks nobody.
+    let (ends, _input, mut late) = another();
+    streams.go_on_with(ends);
+    late.write_all(&pattern(1 << 20)).await.unwrap();
+    drop(late);
+    assert!(streams.drain(DEADLINE).await);
+}
+
+#[tokio::test]
+async fn input_goes_to_the_machine_that_there_is_and_its_end_to_every_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdin");
+    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
+    let (shim, mut first) = UnixStream::pair().unwrap();
+    let mut streams = Streams::new(&log());
+    streams.input = waiting(ends.stdin, shim.into_split().1);
+    streams.start_input().unwrap();
+    let write = |text: &'static [u8]| {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || {
+            File::options().write(true).open(path).unwrap().write_all(text).unwrap();
+        })
+    };
+    let mut bytes = [0; 5];
+    write(b"first").await.unwrap();
+    first.read_exact(&mut bytes).await.unwrap();
+    let (ends, mut second, _output) = another();
+    streams.go_on_with(ends);
+    drop(first);
+    write(b"other").await.unwrap();
+    second.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"other");
+    streams.close_stdin();
+    let mut rest = Vec::new();
+    tokio::time::timeout(DEADLINE, second.read_to_end(&mut rest)).await.unwrap().unwrap();
+    let (ends, mut third, _output) = another();
+    streams.go_on_with(ends);
+    tokio::time::timeout(DEADLINE, third.read_to_end(&mut rest)).await.unwrap().unwrap();
+    assert_eq!(rest, b"");
 }
 
 #[test]

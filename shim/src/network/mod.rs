@@ -30,8 +30,9 @@ mod thread;
 mod upstream;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -58,7 +59,9 @@ use crate::vm::Vm;
 struct State {
     /// What the guest was last told, if it did all of it.
     told: Option<Mirror>,
-    /// Slots of the VMM that have a tap.
+    /// The taps by slot. With the descriptor kept here a tap outlives the VMM that has it: a rollback gives it to another.
+    taps: BTreeMap<u8, OwnedFd>,
+    /// Slots of the VMM that have their tap.
     attached: BTreeSet<u8>,
     closed: bool,
 }
@@ -76,7 +79,7 @@ pub(crate) struct Spent {
 pub(crate) struct Network {
     thread: Thread,
     limits: NetworkLimits,
-    state: tokio::sync::Mutex<State>,
+    state: Arc<tokio::sync::Mutex<State>>,
     following: Mutex<Option<JoinHandle<()>>>,
     log: Logger,
 }
@@ -95,14 +98,18 @@ impl Network {
         let namespace = File::open(format!("/proc/{holder}/ns/net"))
             .map_err(|source| NetworkError::Namespace { operation: "open the holder's", source })?;
         let thread = Thread::start(namespace, user_namespace, questions).await?;
-        let state = tokio::sync::Mutex::new(State { told: Some(Mirror::default()), ..State::default() });
+        let state = State { told: Some(Mirror::default()), ..State::default() };
+        let state = Arc::new(tokio::sync::Mutex::new(state));
         Ok(Arc::new(Self { thread, limits, state, following: Mutex::default(), log: log.clone() }))
     }
 
     /// Makes VMM and guest have what the namespace has. What can be done is done also when
     /// something fails; the first failure is told.
     pub(crate) async fn sync(&self, vm: &Vm, guest: &Guest) -> Result<Spent, Error> {
-        let mut state = self.state.lock().await;
+        self.sync_with(&mut *self.state.lock().await, vm, guest).await
+    }
+
+    async fn sync_with(&self, state: &mut State, vm: &Vm, guest: &Guest) -> Result<Spent, Error> {
         let mut spent = Spent::default();
         if state.closed {
             return Ok(spent);
@@ -114,24 +121,50 @@ impl Network {
         let mut failure = None;
         for slot in looked.left {
             info!(self.log, "a network interface has gone"; "slot" => slot);
-            if state.attached.remove(&slot)
-                && let Err(error) = vm.detach_network(slot).await
+            state.taps.remove(&slot);
+        }
+        let mut new = BTreeSet::new();
+        for joined in looked.joined {
+            info!(self.log, "network interface joined"; "interface" => &joined.name, "slot" => joined.slot);
+            // A slot whose interface has just gone may be its own.
+            if state.attached.remove(&joined.slot)
+                && let Err(error) = vm.detach_network(joined.slot).await
             {
+                failure.get_or_insert(error);
+            }
+            state.taps.insert(joined.slot, joined.tap);
+            new.insert(joined.slot);
+        }
+        let gone: Vec<_> =
+            state.attached.iter().filter(|slot| !state.taps.contains_key(slot)).copied().collect();
+        for slot in gone {
+            state.attached.remove(&slot);
+            if let Err(error) = vm.detach_network(slot).await {
                 failure.get_or_insert(error);
             }
         }
         let mut mirror = looked.mirror;
-        for new in looked.joined {
-            info!(self.log, "network interface joined"; "interface" => &new.name, "slot" => new.slot);
-            match vm.attach_network(new.slot, &new.tap, self.limits).await {
-                Ok(()) => drop(state.attached.insert(new.slot)),
+        let mut refused_taps = Vec::new();
+        let State { taps, attached, .. } = &mut *state;
+        for (&slot, tap) in taps.iter() {
+            if attached.contains(&slot) {
+                continue;
+            }
+            match vm.attach_network(slot, tap, self.limits).await {
+                Ok(()) => drop(attached.insert(slot)),
                 Err(error) => {
-                    self.thread.leave(vec![new.slot]).await?;
-                    if let Some(mirror) = &mut mirror {
-                        mirror.forget(new.slot);
-                    }
+                    refused_taps.push(slot);
                     failure.get_or_insert(error);
                 }
+            }
+        }
+        for slot in refused_taps {
+            if new.contains(&slot) {
+                state.taps.remove(&slot);
+                self.thread.leave(vec![slot]).await?;
+            }
+            if let Some(mirror) = &mut mirror {
+                mirror.forget(slot);
             }
         }
         spent.vmm = begin.elapsed() - spent.namespace;
@@ -152,6 +185,12 @@ impl Network {
             (None, Some(error)) => Err(error.into()),
             (None, None) => Ok(spent),
         }
+    }
+
+    /// Keeps the network as it is until this is dropped.
+    pub(crate) async fn hold(self: &Arc<Self>) -> Held {
+        let state = Arc::clone(&self.state).lock_owned().await;
+        Held { network: Arc::clone(self), state, before: None }
     }
 
     /// Follows what happens in the namespace until it is closed. What cannot be mirrored then is
@@ -191,10 +230,45 @@ impl Network {
             let _ = following.await;
         }
         let mut state = self.state.lock().await;
+        state.taps.clear();
         if !std::mem::replace(&mut state.closed, true)
             && let Err(error) = self.thread.close().await
         {
             warn!(self.log, "the network namespace is not as it was"; "error" => %error);
+        }
+    }
+}
+
+/// A network that does not change. See [`Network::hold`].
+pub(crate) struct Held {
+    network: Arc<Network>,
+    state: tokio::sync::OwnedMutexGuard<State>,
+    /// What the machine has that stands still while another has the taps too.
+    before: Option<BTreeSet<u8>>,
+}
+
+impl Held {
+    /// Gives another machine, which was restored and has no tap yet, what the one has that stands still, and reads nothing from its taps
+    /// meanwhile. Unless [`Self::keep`] follows, that is the one to go on.
+    pub(crate) async fn lend(&mut self, vm: &Vm, guest: &Guest) -> Result<(), Error> {
+        self.before = Some(std::mem::take(&mut self.state.attached));
+        self.state.told = None;
+        self.network.sync_with(&mut self.state, vm, guest).await.map(drop)
+    }
+
+    /// The other machine is the one to go on.
+    pub(crate) fn keep(mut self) {
+        self.before = None;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.state.attached = before;
+            // What has come or gone meanwhile the machine has still to be told.
+            self.state.told = None;
+            self.network.thread.stir();
         }
     }
 }

@@ -131,6 +131,11 @@ impl Thread {
         self.changed.notified().await;
     }
 
+    /// As if something had changed.
+    pub(super) fn stir(&self) {
+        self.changed.notify_one();
+    }
+
     #[cfg(test)]
     pub(super) fn hang(&self, until: std::sync::mpsc::Receiver<()>) {
         let _ = self.jobs.send(Job::Hang(until));

@@ -42,7 +42,7 @@ pub(crate) use self::digest::Image;
 pub(crate) use self::garbage::{collect_garbage, discard, sweep, sweep_layer};
 pub(crate) use self::source::Source;
 pub use self::sparse::next_data;
-pub(crate) use self::writable::layers::{Layers, PutBack, StagedLayer, WritableDisk};
+pub(crate) use self::writable::layers::{Layers, PutBack, Rewind, StagedLayer, WritableDisk};
 
 /// Read-only disks that one container may take of the slots that a VM has: more layers are
 /// merged into one image.

@@ -86,8 +86,9 @@ impl Sandbox {
 
     async fn reclaim(&self, container: &Container) {
         self.write_timeline(container).await;
-        container.vm.kill().await;
-        self.remove_dir(container.vm.dir());
+        let live = container.live();
+        live.vm.kill().await;
+        self.remove_dir(live.vm.dir());
     }
 
     pub(super) fn remove_dir(&self, dir: &RunDir) {
@@ -100,7 +101,8 @@ impl Sandbox {
     /// Asks the guest only here, where nobody waits, and only for a timeline.
     async fn write_timeline(&self, container: &Container) {
         let Some(path) = &self.context.config.timeline else { return };
-        let vm: &Vm = &container.vm;
+        let live = container.live();
+        let vm: &Vm = &live.vm;
         let mut timeline = std::mem::take(&mut *lock(&self.timeline));
         timeline.set("id", self.context.id.clone());
         if let Some(kib) = timeline::rss_kib(std::process::id()) {

@@ -14,7 +14,6 @@ use crate::container::{HeldDisks, with_vm};
 use crate::error::Error;
 use crate::guest::{Guest, GuestRootfs, GuestStdio};
 use crate::rootfs::{self, Changes, Paths, PutBack, Source, WritableDisk};
-use crate::rundir::RunDir;
 use crate::template::{self, Found};
 use crate::vm::{HostFiles, Image, ImageDisk, Vm};
 
@@ -34,7 +33,6 @@ pub(super) struct Ground<'a> {
     pub(super) vm: &'a Arc<Vm>,
     pub(super) files: &'a HostFiles,
     pub(super) bundle: &'a Bundle,
-    pub(super) dir: &'a Arc<RunDir>,
     pub(super) wanted: &'a rootfs::Request<'a>,
     /// Gets the files of a restored disk that nobody must find if the task does not come to be.
     pub(super) adopted: &'a Mutex<Option<Paths>>,
@@ -43,7 +41,7 @@ pub(super) struct Ground<'a> {
 impl Sandbox {
     /// The guest boots while its disks are prepared.
     pub(super) async fn bring_up(&self, ground: &Ground<'_>, source: Source) -> Result<Ready, Error> {
-        let Ground { vm, files, bundle, dir, wanted, .. } = *ground;
+        let Ground { vm, files, bundle, wanted, .. } = *ground;
         let (config, log) = (&self.context.config, &self.context.log);
         let booting = Notify::new();
         let guest = async {
@@ -70,7 +68,7 @@ impl Sandbox {
         let disks = async {
             let disks = rootfs::prepare(wanted, source, log).await?;
             self.mark("rootfs_ready_ns");
-            let volumes = self.serve_volumes(bundle, dir, None).await?;
+            let volumes = self.serve_volumes((vm, bundle), None).await?;
             booting.notified().await;
             if let Some((server, sockets)) = volumes {
                 vm.attach_volumes(server, sockets).await?;
@@ -95,7 +93,7 @@ impl Sandbox {
         source: Source,
         restored: Restored,
     ) -> Result<Ready, Error> {
-        let Ground { vm, files, bundle, dir, wanted, .. } = *ground;
+        let Ground { vm, files, bundle, wanted, .. } = *ground;
         let Restored { state, memory, lower, writable: (writable, layers), volumes, .. } = restored;
         let disks = rootfs::restore(wanted, source, layers).await?;
         let paths = disks.paths();
@@ -106,7 +104,7 @@ impl Sandbox {
         let WritableDisk { top, below, layers } = disks.writable;
         let disk = ImageDisk { serial: &writable, top: &top, below: &below };
         let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
-        let volumes = self.serve_volumes(bundle, dir, volumes).await?;
+        let volumes = self.serve_volumes((vm, bundle), volumes).await?;
         let image = Image {
             state: &state,
             layers: memory.iter().map(|(id, file)| (id.clone(), file)).collect(),

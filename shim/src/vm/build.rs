@@ -142,8 +142,10 @@ impl Vm {
     /// The console's log and the vsock socket.
     fn outlets(&self) -> Result<(File, UnixListener), VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
-        let console = self.dir.create_file(CONSOLE).map_err(host("create the console's log"))?;
-        let listener = UnixListener::bind(self.dir.socket(VSOCK)).map_err(host("make the vsock socket"))?;
+        let console =
+            self.dir.create_file(&self.file_name(CONSOLE)).map_err(host("create the console's log"))?;
+        let listener = UnixListener::bind(self.dir.socket(&self.file_name(VSOCK)))
+            .map_err(host("make the vsock socket"))?;
         Ok((console, listener))
     }
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -39,6 +40,8 @@ use crate::volumes::FileServer;
 pub(crate) const VSOCK: &str = "vsock.sock";
 const CONSOLE: &str = "console.log";
 const VMM_LOG: &str = "vmm.log";
+/// Where the file server of its volumes writes its messages.
+pub(crate) const FILE_SERVER_LOG: &str = "fs.log";
 /// A VMM that does not answer the control socket in this time is stuck.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 const UNENDING: &str = "the virtual machine monitor closed its control socket and does not end";
@@ -120,6 +123,10 @@ pub(crate) struct Vm {
     /// The memory layers that it was restored from, by id.
     origin: Mutex<Vec<(String, File)>>,
     settling: Settling,
+    questions: mpsc::Sender<OwnedFd>,
+    oom_score_adj: AtomicI32,
+    /// Counts the machines of its run-time directory, from 0. Each has files of its own there.
+    generation: u32,
     log: Logger,
 }
 
@@ -133,9 +140,30 @@ impl Vm {
         questions: mpsc::Sender<OwnedFd>,
         log: Logger,
     ) -> Result<Self, VmError> {
+        Self::spawn_next(config, machine.clone(), dir, questions, 0, log)
+    }
+
+    /// Starts another VMM, for a machine that is to take the place of this one. They have the same size, directory and priority, and
+    /// are of one sandbox otherwise.
+    pub(crate) fn successor(&self, config: &Config) -> Result<Self, VmError> {
+        let (dir, questions, log) = (Arc::clone(&self.dir), self.questions.clone(), self.log.clone());
+        let next = Self::spawn_next(config, self.machine.clone(), dir, questions, self.generation + 1, log)?;
+        next.adjust_oom_score(self.oom_score_adj.load(Ordering::Relaxed));
+        Ok(next)
+    }
+
+    fn spawn_next(
+        config: &Config,
+        machine: Machine,
+        dir: Arc<RunDir>,
+        questions: mpsc::Sender<OwnedFd>,
+        generation: u32,
+        log: Logger,
+    ) -> Result<Self, VmError> {
         let host = |operation| move |source| VmError::Host { operation, source };
         let (ours, theirs) = control::pair().map_err(host("make the control socket"))?;
-        let log_file = dir.create_file(VMM_LOG).map_err(host("create the VMM's log"))?;
+        let log_file =
+            dir.create_file(&file_name(VMM_LOG, generation)).map_err(host("create the VMM's log"))?;
         // The one descriptor that the VMM inherits. Until it is closed here, whatever else the
         // shim would start inherits it too and would hide our end of file from the VMM: no
         // helper process is started by another thread before the VMM is.
@@ -164,10 +192,29 @@ impl Vm {
         let (event_sender, events) = mpsc::unbounded_channel();
         let settling = Settling::default();
         let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
-        let (ready, end) =
-            end::watch_over(child, Arc::clone(&pidfd), (events, questions, settling.clone()), log.clone());
-        let (machine, file_server, origin) = (machine.clone(), Mutex::default(), Mutex::default());
-        Ok(Self { control, dir, pidfd, id, machine, file_server, ready, end, origin, settling, log })
+        let (ready, end) = end::watch_over(
+            child,
+            Arc::clone(&pidfd),
+            (events, questions.clone(), settling.clone()),
+            log.clone(),
+        );
+        let (file_server, origin, oom_score_adj) = (Mutex::default(), Mutex::default(), AtomicI32::new(0));
+        Ok(Self {
+            control,
+            dir,
+            pidfd,
+            id,
+            machine,
+            file_server,
+            ready,
+            end,
+            origin,
+            settling,
+            questions,
+            oom_score_adj,
+            generation,
+            log,
+        })
     }
 
     pub(crate) fn id(&self) -> ProcessId {
@@ -178,6 +225,11 @@ impl Vm {
         &self.dir
     }
 
+    /// As a file of this machine is called in the directory.
+    pub(crate) fn file_name(&self, name: &str) -> String {
+        file_name(name, self.generation)
+    }
+
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }
@@ -185,7 +237,11 @@ impl Vm {
     /// Gives the VMM the OOM score that the OCI spec wants for the container's process: its own
     /// would be containerd's, which nothing may kill.
     pub(crate) fn set_oom_score_adj(&self, spec: &[u8]) {
-        let score = wanted_oom_score_adj(spec);
+        self.adjust_oom_score(wanted_oom_score_adj(spec));
+    }
+
+    fn adjust_oom_score(&self, score: i32) {
+        self.oom_score_adj.store(score, Ordering::Relaxed);
         if let Err(error) = process::set_oom_score_adj(self.id.pid, score) {
             warn!(self.log, "the VMM's OOM score stays the shim's (CAP_SYS_RESOURCE is needed to lower it)";
                 "vmm" => self.id.pid, "oom_score_adj" => score, "error" => %error);
@@ -205,7 +261,7 @@ impl Vm {
     }
 
     /// The server of the host's directories and files that the guest has.
-    fn file_server(&self) -> Option<Arc<FileServer>> {
+    pub(crate) fn file_server(&self) -> Option<Arc<FileServer>> {
         self.file_server.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -348,7 +404,7 @@ impl Vm {
 
     async fn dial_patiently(&self, port: u32) -> io::Result<UnixStream> {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let mut stream = UnixStream::connect(self.dir.socket(VSOCK)).await?;
+        let mut stream = UnixStream::connect(self.dir.socket(&self.file_name(VSOCK))).await?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
         // Byte by byte: what follows the line belongs to the stream.
         let mut line = Vec::new();
@@ -378,6 +434,16 @@ impl Vm {
         }
     }
 
+    /// Ends the VMM while its sandbox goes on with another, and removes its files.
+    pub(crate) async fn retire(&self) {
+        self.kill().await;
+        drop(self.file_server.lock().unwrap_or_else(PoisonError::into_inner).take());
+        for name in [VSOCK, CONSOLE, VMM_LOG, FILE_SERVER_LOG] {
+            // Through the descriptor: of this very directory.
+            let _ = std::fs::remove_file(self.dir.socket(&self.file_name(name)));
+        }
+    }
+
     fn signal_kill(&self) {
         // The monitor reaps the child only after the pidfd told it of the end, and the
         // pidfd goes on naming that process alone.
@@ -389,7 +455,7 @@ impl Vm {
         let mut text = String::new();
         let logs = [("virtual machine monitor", VMM_LOG), ("guest console", CONSOLE)];
         for (name, file) in logs.into_iter().skip(usize::from(!unexplained)) {
-            let tail = tail(&self.dir.file(file)).unwrap_or_default();
+            let tail = tail(&self.dir.file(&self.file_name(file))).unwrap_or_default();
             if !tail.is_empty() {
                 text.push_str(&format!("; last lines of the {name}: {tail}"));
             }
@@ -406,6 +472,11 @@ impl Drop for Vm {
 
 fn unexpected(operation: &'static str, reply: &Reply) -> VmError {
     VmError::Refused { operation, message: format!("unexpected reply {reply:?}") }
+}
+
+/// The first machine of a sandbox has the names as they are.
+fn file_name(name: &str, generation: u32) -> String {
+    if generation == 0 { name.into() } else { format!("{generation}-{name}") }
 }
 
 /// `process.oomScoreAdj` of an OCI spec; 0 as with runc where there is none.

@@ -183,7 +183,11 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) async fn resume(&self) -> Result<(), VmError> {
+    pub(crate) async fn pause(&self) -> Result<(), VmError> {
+        self.call("pause", Call::Pause, &[]).await.map(drop)
+    }
+
+    pub(crate) async fn resume(&self) -> Result<(), VmError> {
         self.call("resume", Call::Resume, &[]).await.map(drop)
     }
 
@@ -227,7 +231,7 @@ impl Vm {
         // The container's being frozen is not enough: the guest's kernel goes on closing and forgetting files. Of a
         // paused VM no request is at the server, so its tables are of the memory's instant.
         let paused = Instant::now();
-        self.call("pause", Call::Pause, &[]).await?;
+        self.pause().await?;
         let mut taken = async {
             let begun = Instant::now();
             let tables = tables(server).await?;

@@ -13,6 +13,7 @@ mod saved;
 mod server;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -21,7 +22,11 @@ use spore_agent_api::VOLUMES_DIR;
 
 pub(crate) use self::saved::{SavedVolumes, matched};
 pub(crate) use self::server::FileServer;
+use crate::checkpoint::blocking;
+use crate::config::Config;
+use crate::error::Error;
 use crate::snapshot::manifest::ExportKind;
+use crate::vm::{FILE_SERVER_LOG, Vm};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum VolumeError {
@@ -76,6 +81,22 @@ pub fn is_writable_bind(kind: &str, options: &[String]) -> bool {
 /// How the guest's spec names the volume with this number.
 pub(crate) fn guest_path(number: usize) -> String {
     format!("{VOLUMES_DIR}/{number}")
+}
+
+/// Starts the server of a machine's volumes, if it has some; it goes on with the `saved` ones, in whose order they are.
+pub(crate) async fn serve(
+    config: &Config,
+    vm: &Vm,
+    volumes: &[Volume],
+    saved: Option<SavedVolumes>,
+) -> Result<Option<(FileServer, Vec<UnixStream>)>, Error> {
+    if volumes.is_empty() {
+        return Ok(None);
+    }
+    let dir_error = |source| Error::RunDir { path: vm.dir().path().into(), source };
+    let log = vm.dir().create_file(&vm.file_name(FILE_SERVER_LOG)).map_err(dir_error)?;
+    let (program, volumes) = (config.file_server.clone(), volumes.to_vec());
+    blocking(move || FileServer::start(&program, log, &volumes, saved.as_ref())).await.map(Some)
 }
 
 impl Volume {

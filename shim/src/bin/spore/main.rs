@@ -14,6 +14,7 @@ mod fs;
 mod progress;
 mod ps;
 mod remote;
+mod rollback;
 mod show;
 mod snapshot;
 mod template;
@@ -80,6 +81,8 @@ enum Verb {
     /// Look at the files of a container, and change them
     #[command(subcommand)]
     Fs(fs::Verb),
+    /// Have a container go back to one of its snapshots, in place
+    Rollback(rollback::Args),
     /// Take snapshots of containers, and look after those that there are
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
             Verb::Exec(args) => exec::run(&global, args).await,
             Verb::Cp(args) => cp::run(&global, args).await,
             Verb::Fs(verb) => fs::run(&global, verb).await,
+            Verb::Rollback(args) => rollback::run(&global, args).await.map(|()| 0),
             Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
             Verb::Template(verb) => template::run(&global, verb).await,
             Verb::Clone(args) => clone::run(&global, args).await,
@@ -169,6 +173,7 @@ mod tests {
             "spore template create warm --from web --snapshot 0123",
             "spore template prune --older-than 3",
             "spore clone web --count 0",
+            "spore rollback web",
         ] {
             let error = parse(line).map(|_| ()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

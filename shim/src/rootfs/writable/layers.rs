@@ -11,6 +11,7 @@
 //! writing, whatever the list says: the list must have been lost.
 
 mod merge;
+mod rewind;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::rewind::Rewind;
 use super::{DISK, host, publish, restoring};
 use crate::rootfs::RootfsError;
 use crate::rootfs::temporary::Temporary;

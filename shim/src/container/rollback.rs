@@ -1,0 +1,269 @@
+//! A task goes back to one of its snapshots, in place: another machine, restored from the snapshot, takes the place of the one that it
+//! has. Its pid, its namespace, its volumes and its clients' streams stay.
+//!
+//! The machine that it has stands still until the other one is ready: it answers, has its streams, its network and its disk. Whatever
+//! fails before that ends the other one, and the task goes on as if nothing had been asked. So does an end of the task that becomes known
+//! before that. [`Container::take_place`] is the point of no return; it waits for nothing.
+//!
+//! Whoever is killed in between leaves VMMs that end with the shim's sockets, and a record that names both for `delete`.
+
+mod captured;
+mod next;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use slog::{info, warn};
+
+pub(super) use self::captured::Captured;
+use self::captured::Fates;
+use self::next::{Next, Wanted};
+use super::{Container, Live, Phase};
+use crate::checkpoint::{Restored, blocking};
+use crate::config::Config;
+use crate::error::Error;
+use crate::rootfs::Rewind;
+use crate::snapshot::{SnapshotId, Store, digest};
+use crate::vm::{HostFiles, Vm};
+use crate::volumes::Volume;
+
+/// What a task's machines have in common, beside their size and their disks.
+pub(crate) struct Basis {
+    pub(crate) hostname: String,
+    pub(crate) volumes: Vec<Volume>,
+}
+
+/// How long it took, by step.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct RolledBack {
+    /// From the call on, with what came before the container stood still.
+    pub(crate) total: Duration,
+    /// For how long the container stood still: the steps below, one after the other.
+    pub(crate) gap: Duration,
+    /// Until the other machine was built, with its volumes.
+    pub(crate) restore: Duration,
+    /// Until its agent was ready and knew the time.
+    pub(crate) agent: Duration,
+    pub(crate) network: Duration,
+    /// Standard streams, of execs too.
+    pub(crate) streams: Duration,
+    /// Until its disk was the task's.
+    pub(crate) disk: Duration,
+    /// Until its processes ran; none if the task is paused.
+    pub(crate) thaw: Duration,
+}
+
+impl Container {
+    /// Returns when the task goes on in the snapshot's machine, or, where it is paused, could. Waits for snapshots that are being written,
+    /// and for layers that are being merged.
+    pub(crate) async fn rollback(
+        self: &Arc<Self>,
+        config: &Config,
+        store: &Store,
+        to: SnapshotId,
+    ) -> Result<RolledBack, Error> {
+        let begun = Instant::now();
+        let _alone = self.staying.write().await;
+        self.may_go_back()?;
+        let (store, namespace, id) = (store.clone(), self.events.namespace().to_owned(), self.id.clone());
+        let mut restored = blocking(move || Restored::own(&store, to, &namespace, &id)).await?;
+        let mut disks = self.disks.lock().await;
+        self.fits(&restored, &disks.writable)?;
+        let (has, saved) = (disks.lower.iter(), restored.lower.iter());
+        let copies =
+            |(serial, image): &(String, crate::rootfs::Image)| Ok((serial.clone(), image.try_clone()?));
+        let lower: std::io::Result<Vec<_>> = has.chain(saved).map(copies).collect();
+        let (lower, count) =
+            (lower.map_err(crate::snapshot::StoreError::own("open", "an image again"))?, disks.lower.len());
+        blocking(move || same_images(&lower, count)).await?;
+        let (layers, files) = (disks.layers.clone(), std::mem::take(&mut restored.writable.1));
+        let (disk, rewind) = blocking(move || layers.rewind(&files)).await?;
+        let host = HostFiles::open(config)?;
+
+        let _turn = self.turn.lock().await;
+        let phase = self.may_go_back()?;
+        let (old, network) = (self.live(), self.network.hold().await);
+        let vm = Arc::new(old.vm.successor(config)?);
+        let wanted = Wanted { config, host: &host, restored: &mut restored, disk: &disk, to };
+        let mut times = RolledBack::default();
+        let (mut next, rewind) = match self.make_next(&old, &vm, network, wanted, rewind, &mut times).await {
+            Ok(made) => made,
+            Err(error) => {
+                vm.retire().await;
+                self.note_machines(&old.vm, None);
+                return Err(error);
+            }
+        };
+        let paused = next.paused;
+        disks.lower = std::mem::take(&mut restored.lower);
+        disks.layers = disk.layers;
+        let live = Arc::new(Live { vm, guest: Arc::clone(&next.guest) });
+        let left = self.take_place(&live, &mut next);
+        let begun_thaw = Instant::now();
+        let thawed = if phase == Phase::Running { self.thaw().await } else { Ok(()) };
+        (times.thaw, times.gap) = (begun_thaw.elapsed(), paused.elapsed());
+        // Before anything may happen again.
+        self.network.follow(Arc::clone(&live.vm), Arc::clone(&live.guest));
+        next.network.keep();
+        self.follow_memory(Arc::clone(&live), true);
+        self.note_machines(&live.vm, Some(&old.vm));
+        old.vm.retire().await;
+        self.note_machines(&live.vm, None);
+        // What cannot be removed now is when the disk is opened the next time.
+        let _ = blocking(move || Ok::<_, Error>(rewind.finish())).await;
+        self.clear_execs(&live.guest, &left).await;
+        if phase == Phase::Paused {
+            self.export_anew().await;
+        }
+        times.total = begun.elapsed();
+        info!(self.log, "rolled back"; "snapshot" => %to, "vmm" => live.vm.id().pid, "times" => ?times);
+        thawed.map(|()| times)
+    }
+
+    fn may_go_back(&self) -> Result<Phase, Error> {
+        let phase = self.phase();
+        if !matches!(phase, Phase::Running | Phase::Paused) {
+            return Err(Error::State(format!("cannot roll a {} container back", phase.name())));
+        }
+        if self.is_over() || self.is_lost() {
+            return Err(Error::State("cannot roll a container back that has ended".into()));
+        }
+        if self.leaving.load(std::sync::atomic::Ordering::Acquire) {
+            return Err(Error::State("cannot roll a container back that ends with its checkpoint".into()));
+        }
+        Ok(phase)
+    }
+
+    /// Whether the snapshot is of a machine like this one.
+    fn fits(&self, restored: &Restored, writable: &str) -> Result<(), Error> {
+        let live = self.live();
+        let (machine, remembered) = (live.vm.machine(), &restored.remembered);
+        let same = (machine.vcpus, machine.memory_mib, self.guest_id.as_str(), self.terminal, writable)
+            == (
+                restored.vcpus,
+                remembered.memory_mib,
+                remembered.guest_id.as_str(),
+                remembered.terminal,
+                restored.writable.0.as_str(),
+            );
+        match same {
+            true => Ok(()),
+            false => Err(Error::State(
+                "the snapshot's machine or terminal is not the task's: it was taken of an earlier task; restore it as a container of its own"
+                    .into(),
+            )),
+        }
+    }
+
+    /// What fails here, fails the rollback alone: the machine that the task has goes on.
+    async fn make_next(
+        self: &Arc<Self>,
+        old: &Live,
+        vm: &Arc<Vm>,
+        network: crate::network::Held,
+        wanted: Wanted<'_>,
+        rewind: Rewind,
+        times: &mut RolledBack,
+    ) -> Result<(Next, Rewind), Error> {
+        self.note_machines(&old.vm, Some(vm));
+        let paused = Instant::now();
+        let made = async {
+            old.vm.pause().await?;
+            let built = tokio::select! {
+                biased;
+                () = self.ending.over() => Err(ended()),
+                built = self.build_next(old, vm, (network, paused), wanted, times) => built,
+            }?;
+            let rewind = self.commit_disk(rewind, times).await?;
+            Ok((built, rewind))
+        };
+        match made.await {
+            Ok(made) => Ok(made),
+            Err(error) => {
+                // The other one must not run beside it.
+                vm.kill().await;
+                if let Err(cause) = old.vm.resume().await
+                    && !old.vm.has_ended()
+                {
+                    warn!(self.log, "the machine does not go on after a rollback that failed, ending it"; "error" => %cause);
+                    old.vm.kill().await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The list of the disk's layers, durably; unless the task has ended meanwhile.
+    async fn commit_disk(&self, mut rewind: Rewind, times: &mut RolledBack) -> Result<Rewind, Error> {
+        let (begun, log) = (Instant::now(), self.log.clone());
+        let written = blocking(move || {
+            rewind.commit(&log)?;
+            Ok::<_, Error>(rewind)
+        });
+        let mut rewind = written.await?;
+        times.disk = begun.elapsed();
+        if self.is_over() || self.is_lost() {
+            let log = self.log.clone();
+            blocking(move || Ok::<_, Error>(rewind.undo(&log))).await?;
+            return Err(ended());
+        }
+        Ok(rewind)
+    }
+
+    /// Nothing is waited for between the last look at whether the task has ended and this. The execs of the guest that have ended since
+    /// they were planned to go on.
+    fn take_place(&self, live: &Arc<Live>, next: &mut Next) -> Vec<String> {
+        let Fates { going_on, dropped, .. } = std::mem::take(&mut next.fates);
+        for exec in dropped {
+            exec.drop_out();
+        }
+        self.live.send_replace(Arc::clone(live));
+        if let Some(ends) = next.streams.take() {
+            self.streams.go_on_with(ends);
+        }
+        let mut left = Vec::new();
+        for (exec, ends) in going_on.iter().zip(std::mem::take(&mut next.exec_streams)) {
+            match (exec.has_ended(), exec.streams(), ends) {
+                (false, Some(streams), Some(ends)) => streams.go_on_with(ends),
+                (false, ..) => {}
+                (true, ..) => left.push(exec.id.clone()),
+            }
+        }
+        left
+    }
+
+    /// Whom `delete` has to end.
+    fn note_machines(&self, vm: &Vm, other: Option<&Vm>) {
+        let server = |vm: &Vm| vm.file_server().map(|server| server.id());
+        let noted = vm.dir().record(|record| {
+            (record.vmm, record.file_server) = (Some(vm.id()), server(vm));
+            record.others = other.map_or(Vec::new(), |other| {
+                [Some(other.id()), server(other)].into_iter().flatten().collect()
+            });
+        });
+        if let Err(error) = noted {
+            // All of them end with the shim's sockets too.
+            warn!(self.log, "the machines of a rollback are not recorded"; "error" => %error);
+        }
+    }
+}
+
+fn ended() -> Error {
+    Error::State("rollback: the container has ended meanwhile".into())
+}
+
+/// The first `count` of the disks are the task's; whether the others are the same ones.
+fn same_images(disks: &[(String, crate::rootfs::Image)], count: usize) -> Result<(), Error> {
+    let mut known = Vec::with_capacity(disks.len());
+    for (serial, image) in disks {
+        let digest = image.digest(digest).map_err(crate::snapshot::StoreError::own("read", "an image"))?;
+        known.push((serial, digest));
+    }
+    let (has, saved) = known.split_at(count.min(known.len()));
+    let mut sorted = [has.to_vec(), saved.to_vec()];
+    sorted.iter_mut().for_each(|disks| disks.sort());
+    match sorted[0] == sorted[1] {
+        true => Ok(()),
+        false => Err(Error::State("the snapshot is of another image than the task's".into())),
+    }
+}
