@@ -10,7 +10,7 @@ use slog::{info, warn};
 use tokio::sync::watch;
 
 use super::{Container, DRAIN, Exit, Phase, timestamp, with_vm};
-use crate::bundle::confinement;
+use crate::bundle::{confinement, known};
 use crate::error::Error;
 use crate::io::{Ends, Stdio, Streams};
 
@@ -98,6 +98,7 @@ impl Container {
         }
         stdio.check()?;
         confinement::check_exec(&process).map_err(Error::Invalid)?;
+        let process = known::known_only(process);
         let wanted = stdio.wanted();
         with_vm(&self.vm, "preparing a process", self.guest.exec(&self.guest_id, exec_id, process, wanted))
             .await?;

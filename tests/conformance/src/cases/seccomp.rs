@@ -47,7 +47,9 @@ fn logs(subject: &Subject) -> Result<()> {
     // 0x7ffc0000 is SECCOMP_RET_LOG. With runc the log is the machine's, which others have written to.
     let script = "count() { dmesg | grep -c 'type=1326.*comm=\"chmod\".*code=0x7ffc0000'; }; before=$(count); \
                   touch /file && chmod 600 /file && stat -c %a /file; \
-                  until test $(count) -gt $before; do sleep 0.1; done; echo logged";
+                  n=0; until test $(count) -gt $before; do \
+                  n=$((n + 1)); test $n -lt 300 || { dmesg | tail -n 5; cat /proc/sys/kernel/seccomp/actions_logged /proc/cmdline; grep ^CapEff /proc/self/status; exit 9; }; \
+                  sleep 0.1; done; echo logged";
     let said = said(subject, script, |spec| {
         profile(
             spec,
