@@ -3,6 +3,7 @@
 
 pub(crate) mod confinement;
 mod devices;
+pub(crate) mod known;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -99,7 +100,15 @@ impl Bundle {
             path: path.clone(),
             detail: error.to_string(),
         };
-        let spec: Spec = serde_json::from_slice(bytes).map_err(malformed)?;
+        let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
+        let unknown = value.get_mut("process").map(known::keep_known).unwrap_or_default();
+        // From the text where that is possible: only then an error says at which line.
+        let spec = if unknown.is_empty() {
+            serde_json::from_slice::<Spec>(bytes)
+        } else {
+            serde_json::from_value(value.clone())
+        };
+        let spec = spec.map_err(malformed)?;
         check_process(&path, &spec)?;
         // Before the mounts: `ctr --net-host` adds some that are refused as well.
         let network = network(&path, &spec)?;
@@ -111,8 +120,9 @@ impl Bundle {
         confinement::check(&path, &spec)?;
         let root =
             spec.root().as_ref().map_or_else(|| bundle.join("rootfs"), |root| bundle.join(root.path()));
-        let mut value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
         make_guests_own(&mut value);
+        let mut unheeded = confinement::unheeded(&spec);
+        unheeded.extend(unknown.into_iter().map(|name| format!("process.capabilities \"{name}\"")));
         Ok(Self {
             path: bundle.into(),
             guest_spec: serde_json::to_vec(&value).map_err(malformed)?,
@@ -125,7 +135,7 @@ impl Bundle {
             hooks,
             volumes,
             oci_version: spec.version().clone(),
-            unheeded: confinement::unheeded(&spec),
+            unheeded,
         })
     }
 }
@@ -376,6 +386,16 @@ mod tests {
             spec["linux"]["devices"] = json!([device("/dev/x", kind, major, minor)]);
             parse(&spec).unwrap();
         }
+    }
+
+    #[test]
+    fn a_capability_that_nobody_knows_is_passed_over() {
+        let mut spec = spec();
+        spec["process"]["capabilities"] = json!({ "bounding": ["CAP_KILL", "CAP_NOBODY_HAS"] });
+        let bundle = parse(&spec).unwrap();
+        let guest: Value = serde_json::from_slice(&bundle.guest_spec).unwrap();
+        assert_eq!(guest["process"]["capabilities"]["bounding"], json!(["CAP_KILL"]));
+        assert_eq!(bundle.unheeded, ["process.capabilities \"CAP_NOBODY_HAS\""]);
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl Sandbox {
         stdio.check()?;
         let mut bundle = Bundle::load(Path::new(&request.bundle))?;
         for field in &bundle.unheeded {
-            warn!(log, "it confines processes of the host's kernel, and has no effect in a virtual machine"; "task" => id, "field" => field);
+            warn!(log, "a field of the specification has no effect in a virtual machine"; "task" => id, "field" => field);
         }
         let mut machine = config.machine(&bundle.annotations, &bundle.limits)?;
         let restored = self.checkpointed(request, &mut bundle).await?;

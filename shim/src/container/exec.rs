@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::end::KILLED_STATUS;
 use super::{Container, DRAIN, Exit, Phase, timestamp};
-use crate::bundle::confinement;
+use crate::bundle::{confinement, known};
 use crate::error::Error;
 use crate::io::{Ends, Stdio, Streams};
 
@@ -133,6 +133,7 @@ impl Container {
         }
         stdio.check()?;
         confinement::check_exec(&process).map_err(Error::Invalid)?;
+        let process = known::known_only(process);
         let wanted = stdio.wanted();
         live.ask("preparing a process", live.guest.exec(&self.guest_id, exec_id, process, wanted)).await?;
         let exec = Exec {

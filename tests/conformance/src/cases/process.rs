@@ -32,7 +32,7 @@ fn shell(script: &str) -> Value {
 /// What the process says.
 fn said(subject: &Subject, container: &str, process: &Value) -> Result<String> {
     let (id, out) = (subject.id("process"), Fifo::new(subject)?);
-    let streams = Streams { stdout: out.path(), ..Default::default() };
+    let streams = Streams { stdout: out.path(), stderr: out.path(), ..Default::default() };
     api::exec(subject, container, &id, process, streams)??;
     api::start(subject, container, &id)??;
     let status = api::reap(subject, container, &id)?;

@@ -85,14 +85,24 @@ fn fifos_go_on(subject: &Subject) -> Result<()> {
     let guest = Guest::adopt(subject, &id);
     let [of_task, of_exec, input, echoed] =
         [Fifo::new(subject)?, Fifo::new(subject)?, Fifo::new(subject)?, Fifo::new(subject)?];
-    api::create(subject, &id, Streams { stdout: of_task.path(), ..Default::default() })?;
+    api::create(
+        subject,
+        &id,
+        Streams { stdout: of_task.path(), stderr: of_task.path(), ..Default::default() },
+    )?;
     api::start(subject, &id, "")??;
     for (exec, script, stdin, stdout) in
         [("ticks", TICKING, String::new(), of_exec.path()), ("echoes", ECHOING, input.path(), echoed.path())]
     {
         let process = json!({ "args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/usr/bin:/bin"],
                               "user": { "uid": 0, "gid": 0 } });
-        api::exec(subject, &id, exec, &process, Streams { stdin, stdout, ..Default::default() })??;
+        api::exec(
+            subject,
+            &id,
+            exec,
+            &process,
+            Streams { stdin, stderr: stdout.clone(), stdout, terminal: false },
+        )??;
         api::start(subject, &id, exec)??;
     }
     let lines = |fifo: &Fifo| fifo.text().lines().count();
