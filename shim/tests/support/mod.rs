@@ -28,8 +28,9 @@ use spore_agent_api::v1::{
 };
 use spore_agent_api::{NAMES_PORT, RPC_PORT, STDIO_PORT};
 use spore_vmm::api::{
-    AttachedDisk, BootTimes, Call, EndReason, Event, Failure, FailureCode, FdIndex, MAX_MESSAGE, Message,
-    Metrics, Reply, Request, SnapshotConfig, SnapshotDone, SnapshotLayer, SnapshotReport, SnapshotTimes,
+    AttachedDisk, BootTimes, Call, DiskSlots, EndReason, Event, Failure, FailureCode, FdIndex, MAX_MESSAGE,
+    Message, Metrics, Reply, Request, SnapshotConfig, SnapshotDone, SnapshotLayer, SnapshotReport,
+    SnapshotTimes,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
@@ -53,6 +54,10 @@ pub(crate) const GATE: &str = "fake.gate";
 pub(crate) const GATE_FIFO: &str = "gate";
 /// A snapshot's writer says that it has failed.
 pub(crate) const UNWRITTEN: &str = "fake.unwritten";
+/// In TMPDIR: no machine is restored while this is there.
+pub(crate) const UNRESTORABLE: &str = "unrestorable";
+/// In TMPDIR: the agent of a restored machine answers Setup when somebody opens this fifo.
+pub(crate) const SETUP_FIFO: &str = "setup-gate";
 /// The agent refuses an address.
 pub(crate) const UNROUTED: &str = "fake.unrouted";
 /// The last Update of the network, encoded, in TMPDIR.
@@ -96,6 +101,7 @@ pub(crate) fn fake_vmm() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let (mut read_only, mut writable) = (0, 0);
     let mut cmdline = String::new();
+    let mut agent = Agent::default();
     let mut console: Option<std::fs::File> = None;
     let mut disks = Vec::new();
     let mut taps = HashMap::new();
@@ -107,7 +113,8 @@ pub(crate) fn fake_vmm() {
                 let listener = StdListener::from(listener);
                 listener.set_nonblocking(true).unwrap();
                 console = Some(fds.remove(config.console.unwrap().output.0 as usize).into());
-                runtime.spawn(vsock(listener, cmdline.clone()));
+                agent.cmdline.clone_from(&cmdline);
+                runtime.spawn(vsock(listener, agent.clone()));
                 Reply::Configured {
                     disk_slots: config.disk_slots,
                     network_slots: config.network_slots,
@@ -127,9 +134,7 @@ pub(crate) fn fake_vmm() {
                 if cmdline.contains(GARBAGE) {
                     send_garbage(0);
                 } else if !cmdline.contains(HANG) && !cmdline.contains(FAULT) {
-                    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-                    theirs.write_all(&[0]).unwrap();
-                    send(0, &Message::Event(Event::GuestConnection { port: 1024 }), &[ours.as_raw_fd()]);
+                    say_ready();
                 }
                 continue;
             }
@@ -158,7 +163,37 @@ pub(crate) fn fake_vmm() {
                 taps.remove(&slot).expect("a slot that has a tap");
                 Reply::Done
             }
-            Call::Snapshot(config) => save(&config, &fds, &cmdline),
+            Call::Snapshot(config) => save(&config, &fds, &agent),
+            Call::Restore(_) if std::env::temp_dir().join(UNRESTORABLE).exists() => {
+                let message = "restore: the saved state is of no machine that can be".into();
+                let failure = Failure { code: FailureCode::HostUnfit, message };
+                send(0, &Message::Response { id: request.id, result: Err(failure) }, &[]);
+                continue;
+            }
+            Call::Restore(config) => {
+                agent = Agent::restored(fds[config.state.0 as usize].try_clone().unwrap().into());
+                cmdline.clone_from(&agent.cmdline);
+                // The descriptors of its disks stay open, the lock on the writable one too.
+                disks.extend(fds.drain(3..));
+                let listener = StdListener::from(fds.remove(config.vsock.unwrap().listener.0 as usize));
+                listener.set_nonblocking(true).unwrap();
+                runtime.spawn(vsock(listener, agent.clone()));
+                let disk_slots = DiskSlots { read_only: 1, writable: 1 };
+                Reply::Restored { disk_slots, network_slots: 4, saved_at_ns: 1 }
+            }
+            Call::Pause => {
+                agent.signal_all(nix::sys::signal::Signal::SIGSTOP);
+                Reply::Done
+            }
+            Call::Resume => {
+                agent.signal_all(nix::sys::signal::Signal::SIGCONT);
+                if agent.is_restored {
+                    send(0, &Message::Response { id: request.id, result: Ok(Reply::Done) }, &[]);
+                    say_ready();
+                    continue;
+                }
+                Reply::Done
+            }
             Call::Metrics => Reply::Metrics(Metrics {
                 boot: BootTimes { entered_ns: 7, ..Default::default() },
                 ..Default::default()
@@ -170,21 +205,30 @@ pub(crate) fn fake_vmm() {
     std::process::exit(0);
 }
 
+/// The agent's sign of life.
+fn say_ready() {
+    use std::io::Write;
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    theirs.write_all(&[0]).unwrap();
+    send(0, &Message::Event(Event::GuestConnection { port: 1024 }), &[ours.as_raw_fd()]);
+}
+
 /// How long a snapshot holds the fake up, and no clock says otherwise.
 pub(crate) const PAUSE_NS: u64 = 5;
 
 /// Lets a thread write a snapshot, and goes on.
-fn save(config: &SnapshotConfig, fds: &[OwnedFd], cmdline: &str) -> Reply {
+fn save(config: &SnapshotConfig, fds: &[OwnedFd], agent: &Agent) -> Reply {
     use std::io::Write;
     let file = |at: FdIndex| std::fs::File::from(fds[at.0 as usize].try_clone().unwrap());
     let (mut state, mut memory, report) = (file(config.state), file(config.memory), file(config.report));
-    let (id, unwritten) = (config.layer_id.clone(), cmdline.contains(UNWRITTEN));
+    let (id, unwritten) = (config.layer_id.clone(), agent.is(UNWRITTEN));
+    let saved = agent.saved();
     std::thread::spawn(move || {
         let gate = std::env::temp_dir().join(GATE_FIFO);
         if gate.exists() {
             std::fs::File::open(gate).unwrap();
         }
-        state.write_all(b"the machine's state").unwrap();
+        state.write_all(&saved).unwrap();
         memory.write_all(b"memory").unwrap();
         let outcome = if unwritten {
             let message = "snapshot: writing the memory file: No space left".into();
@@ -213,22 +257,62 @@ struct Process {
     attached: HashMap<u8, UnixStream>,
 }
 
+impl Process {
+    fn created(spec: Value, stdio: container::Stdio) -> Self {
+        let (exit, attached) = (watch::Sender::new(None), HashMap::new());
+        Self { stdin: None, stdout: None, stderr: None, pid: 0, spec, stdio, started: false, exit, attached }
+    }
+}
+
 type Processes = Arc<Mutex<HashMap<String, Process>>>;
 
 #[derive(Clone, Default)]
 struct Agent {
     processes: Processes,
     cmdline: String,
+    /// Its processes begin anew when they are thawed.
+    is_restored: bool,
 }
 
 impl Agent {
     fn is(&self, word: &str) -> bool {
         self.cmdline.contains(word)
     }
+
+    /// What a machine's state has of it: what runs, not how far that has come.
+    fn saved(&self) -> Vec<u8> {
+        let processes = self.processes.lock().unwrap();
+        let process = |(id, process): (&String, &Process)| {
+            let stdio = [process.stdio.stdin, process.stdio.stdout, process.stdio.stderr];
+            serde_json::json!({ "id": id, "spec": process.spec, "stdio": stdio })
+        };
+        let processes: Vec<_> = processes.iter().map(process).collect();
+        serde_json::to_vec(&serde_json::json!({ "cmdline": self.cmdline, "processes": processes })).unwrap()
+    }
+
+    fn restored(state: std::fs::File) -> Self {
+        let state: Value = serde_json::from_reader(state).unwrap();
+        let process = |saved: &Value| {
+            let stdio: [bool; 3] = serde_json::from_value(saved["stdio"].clone()).unwrap();
+            let [stdin, stdout, stderr] = stdio;
+            let stdio = container::Stdio { stdin, stdout, stderr, ..Default::default() };
+            (saved["id"].as_str().unwrap().to_owned(), Process::created(saved["spec"].clone(), stdio))
+        };
+        let processes = state["processes"].as_array().unwrap().iter().map(process).collect();
+        let cmdline = state["cmdline"].as_str().unwrap().into();
+        Self { processes: Arc::new(Mutex::new(processes)), cmdline, is_restored: true }
+    }
+
+    fn signal_all(&self, signal: nix::sys::signal::Signal) {
+        for process in self.processes.lock().unwrap().values().filter(|process| process.started) {
+            if process.exit.borrow().is_none() {
+                host::send_signal(process.pid, signal);
+            }
+        }
+    }
 }
 
-async fn vsock(listener: StdListener, cmdline: String) {
-    let agent = Agent { cmdline, ..Agent::default() };
+async fn vsock(listener: StdListener, agent: Agent) {
     let path = std::env::temp_dir().join(format!("fake-agent-{}", std::process::id()));
     let mut services = sandbox_ttrpc::create_sandbox(Arc::new(agent.clone()));
     services.extend(container_ttrpc::create_container(Arc::new(agent.clone())));
@@ -283,6 +367,10 @@ impl sandbox_ttrpc::Sandbox for Agent {
         request: sandbox::SetupRequest,
     ) -> ttrpc::Result<sandbox::SetupResponse> {
         assert!(request.entropy.len() >= 32 && request.wall_clock_ns > 0);
+        let gate = std::env::temp_dir().join(SETUP_FIFO);
+        if self.is_restored && gate.exists() {
+            tokio::task::spawn_blocking(|| std::fs::File::open(gate)).await.unwrap().unwrap();
+        }
         Ok(sandbox::SetupResponse::new())
     }
 
@@ -332,17 +420,7 @@ impl container_ttrpc::Container for Agent {
         let rootfs = request.rootfs.unwrap();
         assert_eq!(rootfs.writable, "rw0");
         assert_eq!(rootfs.lower.first().map(String::as_str), Some("ro0"));
-        let process = Process {
-            stdin: None,
-            stdout: None,
-            stderr: None,
-            pid: 0,
-            spec,
-            stdio: request.stdio.unwrap(),
-            started: false,
-            exit: watch::Sender::new(None),
-            attached: HashMap::new(),
-        };
+        let process = Process::created(spec, request.stdio.unwrap());
         self.processes.lock().unwrap().insert(request.id, process);
         Ok(container::CreateResponse { pid: 1, ..Default::default() })
     }
@@ -460,9 +538,14 @@ impl container_ttrpc::Container for Agent {
 
     async fn resume(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: container::ResumeRequest,
     ) -> ttrpc::Result<container::ResumeResponse> {
+        if self.is_restored && !self.processes.lock().unwrap()[&request.id].started {
+            let start = container::StartRequest { id: request.id, ..Default::default() };
+            container_ttrpc::Container::start(self, context, start).await?;
+            return Ok(container::ResumeResponse::new());
+        }
         host::send_signal(self.processes.lock().unwrap()[&request.id].pid, nix::sys::signal::Signal::SIGCONT);
         Ok(container::ResumeResponse::new())
     }

@@ -1,6 +1,7 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
 mod disks;
+mod rollback;
 
 use std::collections::HashSet;
 use std::fs;
@@ -24,6 +25,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(1),
     // What is in the store afterwards is counted.
     Case::new("checkpoint::snapshot_command", snapshot_command).spore_only().starts(3).alone(),
+    Case::new("checkpoint::rollback_back_and_forth", rollback::back_and_forth).spore_only().alone().starts(3),
+    Case::new("checkpoint::rollback_refused", rollback::refusals).spore_only().starts(2),
     Case::new("checkpoint::a_killed_restore_leaves_no_disk", disks::a_killed_restore)
         .spore_only()
         .alone()

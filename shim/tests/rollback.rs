@@ -1,0 +1,318 @@
+//! Rollback in the shim: what stays, and that whatever fails or is killed in between leaves one machine, or none, and nothing else. With
+//! the fake VMM and agent of `support`, whose restored machines begin their processes anew.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use containerd_shim_protos::api::{CreateTaskRequest, PauseRequest, ResumeRequest, ShutdownRequest, Status};
+use containerd_shim_protos::shim_async::TaskClient;
+use containerd_shim_spore::api::v1::snapshots::{CreateRequest, RollbackRequest, RollbackResponse};
+use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
+use containerd_shim_spore::snapshot::Store;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use ttrpc::Code;
+use ttrpc::r#async::Client;
+
+use support::host::{
+    DEADLINE, Host, code, ctx, delete_request, is_zombie, kill_request, send_signal, start_request,
+    state_request, wait_request,
+};
+
+/// Not a test: the process that the shim starts as its VMM.
+#[test]
+#[ignore = "the fake VMM, started by the shim under test"]
+fn fake_vmm() {
+    support::fake_vmm();
+}
+
+const SCRIPT: [&str; 3] = ["/bin/sh", "-c", "echo begun; exec sleep 1000"];
+
+/// A shim with a container that runs.
+struct Scene {
+    host: Host,
+    task: TaskClient,
+    snapshots: SnapshotsClient,
+    pid: u32,
+}
+
+impl Scene {
+    async fn new(id: &str) -> Self {
+        Self::with_stdout(id, "").await
+    }
+
+    async fn with_stdout(id: &str, stdout: &str) -> Self {
+        let host = Host::new(id).await;
+        host.write_spec(&SCRIPT);
+        let stdout = if stdout.is_empty() { String::new() } else { host.fifo(stdout) };
+        let task = host.start().await;
+        let snapshots = SnapshotsClient::new(Client::connect(&host.address()).await.unwrap());
+        let request = CreateTaskRequest { stdout, ..host.request() };
+        let pid = task.create(ctx(), &request).await.unwrap().pid;
+        task.start(ctx(), &start_request(&host)).await.unwrap();
+        Self { host, task, snapshots, pid }
+    }
+
+    async fn snapshot(&self) -> String {
+        let request = CreateRequest { id: self.host.id.clone(), ..Default::default() };
+        self.snapshots.create(ctx(), &request).await.unwrap().snapshot
+    }
+
+    async fn back_to(&self, snapshot: &str) -> ttrpc::Result<RollbackResponse> {
+        rollback(self.snapshots.clone(), self.host.id.clone(), snapshot.into()).await
+    }
+
+    /// One that waits for the restored agent's Setup, with the two machines' VMMs: the task's and the other.
+    async fn back_until_setup(
+        &self,
+        snapshot: &str,
+    ) -> (tokio::task::JoinHandle<ttrpc::Result<RollbackResponse>>, [u32; 2]) {
+        let gate = self.host.path(support::SETUP_FIFO);
+        nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let call = rollback(self.snapshots.clone(), self.host.id.clone(), snapshot.into());
+        let call = tokio::spawn(call);
+        until("the restored agent is asked", || blocked_in_open(self.other())).await;
+        (call, [self.vmm(), self.other()])
+    }
+
+    fn record(&self) -> Value {
+        let path = self.host.path("run/test").join(&self.host.id).join("processes.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    fn vmm(&self) -> u32 {
+        self.host.recorded_pid("vmm")
+    }
+
+    fn other(&self) -> u32 {
+        self.record()["others"][0]["pid"].as_u64().map_or(0, |pid| u32::try_from(pid).unwrap())
+    }
+
+    /// Lets the agent answer, now and for good.
+    async fn open_setup(&self) {
+        let gate = self.host.path(support::SETUP_FIFO);
+        let path = gate.clone();
+        let opened = tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(path).unwrap());
+        let opened = tokio::time::timeout(DEADLINE, opened).await.unwrap().unwrap();
+        std::fs::remove_file(gate).unwrap();
+        drop(opened);
+    }
+
+    async fn status(&self) -> Status {
+        let state = self.task.state(ctx(), &state_request(&self.host)).await.unwrap();
+        assert_eq!(state.pid, self.pid);
+        state.status.unwrap()
+    }
+
+    /// The names of the writable disk's layers, and of the files that there are.
+    fn disk(&self) -> (Vec<String>, Vec<String>) {
+        let place =
+            std::fs::read_dir(self.host.path("state/writable")).unwrap().next().unwrap().unwrap().path();
+        let list = std::fs::read(place.join("layers.json")).unwrap();
+        let list: Value = serde_json::from_slice(&list).unwrap();
+        let mut listed: Vec<String> = serde_json::from_value(list["layers"].clone()).unwrap();
+        let names =
+            std::fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut there: Vec<_> =
+            names.filter(|name| name.ends_with(".delta") || name.ends_with(".ext4")).collect();
+        listed.sort();
+        there.sort();
+        (listed, there)
+    }
+
+    /// One machine, the same as before, and nothing of another.
+    async fn goes_on(&self, vmm: u32, disk: &(Vec<String>, Vec<String>)) {
+        assert_eq!((self.vmm(), self.record()["others"].clone()), (vmm, Value::Array(vec![])));
+        assert!(!is_zombie(vmm));
+        assert_eq!(&self.disk(), disk);
+        assert_eq!(self.vmms().len(), 1, "{:?}", self.vmms());
+    }
+
+    fn vmms(&self) -> Vec<String> {
+        let ours = self.host.dir.path().display().to_string();
+        let mut all = support::host::processes_with(&ours);
+        all.retain(|process| process.contains("fake_vmm"));
+        all
+    }
+
+    async fn end(self) {
+        self.task.kill(ctx(), &kill_request(&self.host, 9)).await.unwrap();
+        assert_eq!(self.task.wait(ctx(), &wait_request(&self.host)).await.unwrap().exit_status, 137);
+        self.delete().await;
+    }
+
+    async fn delete(self) {
+        self.task.delete(ctx(), &delete_request(&self.host)).await.unwrap();
+        let address = self.host.address();
+        self.task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();
+        self.host.delete();
+        self.host.assert_clean(&address);
+    }
+}
+
+async fn rollback(client: SnapshotsClient, id: String, snapshot: String) -> ttrpc::Result<RollbackResponse> {
+    client.rollback(ctx(), &RollbackRequest { id, snapshot, ..Default::default() }).await
+}
+
+/// Whether a thread of the process waits for the other end of a fifo.
+fn blocked_in_open(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.into_iter().any(|task| {
+        std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default().contains("wait_for_partner")
+    })
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < DEADLINE, "not in time: {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+fn read_lines(path: PathBuf, count: usize) -> tokio::task::JoinHandle<String> {
+    tokio::task::spawn_blocking(move || {
+        let mut text = vec![0; count * "begun\n".len()];
+        std::fs::File::open(path).unwrap().read_exact(&mut text).unwrap();
+        String::from_utf8(text).unwrap()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_goes_back_and_forth_and_stays_the_same() {
+    let mut scene = Scene::with_stdout("back", "stdout").await;
+    let output = read_lines(scene.host.path("stdout"), 5);
+    let first = scene.snapshot().await;
+    let second = scene.snapshot().await;
+    let mut vmm = scene.vmm();
+    for (to, layers) in [(&first, 2), (&second, 3), (&first, 2)] {
+        let told = scene.back_to(to).await.unwrap();
+        assert!(told.gap_ns > 0 && told.total_ns >= told.gap_ns && told.thaw_ns > 0, "{told:?}");
+        assert_eq!(scene.status().await, Status::RUNNING);
+        assert_ne!(scene.vmm(), vmm, "another machine");
+        vmm = scene.vmm();
+        let (listed, there) = scene.disk();
+        assert_eq!((listed.len(), &listed), (layers, &there), "and no other files");
+        scene.goes_on(vmm, &(listed, there)).await;
+    }
+    let pause = PauseRequest { id: scene.host.id.clone(), ..Default::default() };
+    scene.task.pause(ctx(), &pause).await.unwrap();
+    assert_eq!(scene.back_to(&second).await.unwrap().thaw_ns / 1_000_000_000, 0);
+    assert_eq!(scene.status().await, Status::PAUSED);
+    let resume = ResumeRequest { id: scene.host.id.clone(), ..Default::default() };
+    scene.task.resume(ctx(), &resume).await.unwrap();
+    assert_eq!(output.await.unwrap(), "begun\n".repeat(5), "of each machine, to the same client");
+    let third = scene.snapshot().await;
+    scene.back_to(&third).await.unwrap();
+    let events = ["create", "start", "paused", "resumed"].map(|what| format!("/tasks/{what}"));
+    assert_eq!(scene.host.topics(4).await, events);
+    scene.task.kill(ctx(), &kill_request(&scene.host, 9)).await.unwrap();
+    assert_eq!(scene.host.topics(1).await, ["/tasks/exit"]);
+    scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap();
+    let store = Store::new(&scene.host.path("state"));
+    assert_eq!(store.list().unwrap().entries.len(), 3, "all of them stay");
+    scene.delete().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_fails_leaves_the_machine_that_runs() {
+    let scene = Scene::new("fails").await;
+    let snapshot = scene.snapshot().await;
+    let (vmm, disk) = (scene.vmm(), scene.disk());
+    std::fs::write(scene.host.path(support::UNRESTORABLE), "").unwrap();
+    let (_, message) = code(scene.back_to(&snapshot).await);
+    assert!(message.contains("the saved state is of no machine"), "{message}");
+    assert_eq!(scene.status().await, Status::RUNNING);
+    scene.goes_on(vmm, &disk).await;
+    std::fs::remove_file(scene.host.path(support::UNRESTORABLE)).unwrap();
+
+    // Its VMM is killed when it is all but ready.
+    let (call, [_, other]) = scene.back_until_setup(&snapshot).await;
+    send_signal(other, Signal::SIGKILL);
+    let (status, message) = code(call.await.unwrap());
+    assert_eq!(status, Code::UNAVAILABLE, "{message}");
+    scene.goes_on(vmm, &disk).await;
+    std::fs::remove_file(scene.host.path(support::SETUP_FIFO)).unwrap();
+
+    scene.back_to(&snapshot).await.unwrap();
+    assert_ne!(scene.vmm(), vmm);
+    scene.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_snapshot_of_the_task_or_no_task_that_runs_is_refused() {
+    let other = Scene::new("other").await;
+    let scene = Scene::new("refused").await;
+    let snapshot = scene.snapshot().await;
+    let foreign = other.snapshot().await;
+    let (from, to) = (other.host.path("state/snapshots"), scene.host.path("state/snapshots"));
+    std::fs::rename(from.join(&foreign), to.join(&foreign)).unwrap();
+    other.end().await;
+    let (vmm, disk) = (scene.vmm(), scene.disk());
+    for (wanted, status, part) in [
+        (foreign.as_str(), Code::FAILED_PRECONDITION, "is of container other in namespace test"),
+        (&"f".repeat(32), Code::NOT_FOUND, "there is none"),
+        ("../x", Code::INVALID_ARGUMENT, "32 hexadecimal digits"),
+    ] {
+        let (found, message) = code(scene.back_to(wanted).await);
+        assert!(found == status && message.contains(part), "{found:?}: {message}");
+        scene.goes_on(vmm, &disk).await;
+    }
+    scene.task.kill(ctx(), &kill_request(&scene.host, 9)).await.unwrap();
+    scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap();
+    let (status, message) = code(scene.back_to(&snapshot).await);
+    assert_eq!(status, Code::FAILED_PRECONDITION);
+    assert!(message.contains("cannot roll a stopped container back"), "{message}");
+    scene.delete().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_comes_in_the_middle_wins() {
+    let scene = Scene::new("killed").await;
+    let snapshot = scene.snapshot().await;
+    let (call, [vmm, other]) = scene.back_until_setup(&snapshot).await;
+    send_signal(vmm, Signal::SIGKILL);
+    let (status, message) = code(call.await.unwrap());
+    assert_eq!(status, Code::FAILED_PRECONDITION, "{message}");
+    assert!(message.contains("ended meanwhile"), "{message}");
+    assert_eq!(scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap().exit_status, 137);
+    until("no machine is left", || is_zombie(vmm) && is_zombie(other)).await;
+    scene.delete().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_that_comes_in_the_middle_reaches_the_machine_that_there_is_then() {
+    let scene = Scene::new("signal").await;
+    let snapshot = scene.snapshot().await;
+    let (call, _) = scene.back_until_setup(&snapshot).await;
+    let kill = tokio::spawn({
+        let (task, request) = (scene.task.clone(), kill_request(&scene.host, 15));
+        async move { task.kill(ctx(), &request).await }
+    });
+    scene.open_setup().await;
+    call.await.unwrap().unwrap();
+    kill.await.unwrap().unwrap();
+    let exit = scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap().exit_status;
+    assert_eq!(exit, 128 + 15);
+    scene.delete().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delete_ends_both_machines_after_a_killed_shim() {
+    let scene = Scene::new("shim").await;
+    let snapshot = scene.snapshot().await;
+    let (call, machines) = scene.back_until_setup(&snapshot).await;
+    let (shim, address) = (scene.host.recorded_pid("shim"), scene.host.address());
+    send_signal(shim, Signal::SIGKILL);
+    assert!(call.await.unwrap().is_err());
+    until("the shim has ended", || is_zombie(shim)).await;
+    assert_eq!(scene.host.delete().exit_status, 137);
+    assert!(machines.into_iter().all(is_zombie));
+    scene.host.assert_clean(&address);
+}
