@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use spore_harness::bed::Subject;
+use spore_harness::call::Output;
 use spore_harness::image::BUSYBOX;
 use spore_harness::network::space::Space;
 
@@ -173,17 +174,17 @@ fn of_a_clone(subject: &Subject) -> Result<()> {
     all_differ(&identities.into_iter().collect::<Result<Vec<_>>>()?)?;
 
     scene.says(&clone, "echo kept > /kept; sync")?;
-    subject.must(&["tasks", "kill", "--signal", "KILL", &clone])?;
-    wait::until("its task is gone", SHOWN, || {
-        subject
-            .ctr(&["tasks", "delete", &clone])
-            .ok()?
-            .run()
-            .ok()
-            .filter(spore_harness::call::Output::success)
-    })?;
-    subject.must(&["tasks", "start", "--detach", &clone])?;
+    start_again(subject, &clone)?;
     expect_equal("what it kept", &scene.says(&clone, "cat /kept")?.as_str(), &"kept\n")
+}
+
+/// Ends a container's task by force, and starts another.
+fn start_again(subject: &Subject, id: &str) -> Result<()> {
+    subject.must(&["tasks", "kill", "--signal", "KILL", id])?;
+    wait::until("its task is gone", SHOWN, || {
+        subject.ctr(&["tasks", "delete", id]).ok()?.run().ok().filter(Output::success)
+    })?;
+    subject.must(&["tasks", "start", "--detach", id]).map(drop)
 }
 
 /// A clone has its namespace's addresses. A connection of its source's, which is none of its own, has ended; the source's goes on.
@@ -265,8 +266,18 @@ fn of_a_template(subject: &Subject) -> Result<()> {
     for what in ["first", "second", "third"] {
         let id = scene.name(what);
         let runtime = subject.runtime.id();
-        let run =
-            ["run", "--detach", "--runtime", runtime, "--annotation", &annotation, BUSYBOX, &id, "false"];
+        let run = [
+            "run",
+            "--detach",
+            "--runtime",
+            runtime,
+            "--annotation",
+            &annotation,
+            BUSYBOX,
+            &id,
+            "sleep",
+            "100000",
+        ];
         subject.must(&run)?;
         let (memory, disk) = scene.counted(&id)?;
         expect_equal("the counters in memory and on disk", &memory, &disk)?;
@@ -281,9 +292,13 @@ fn of_a_template(subject: &Subject) -> Result<()> {
     ensure!(!gone.success(), "{gone}");
     expect_contains("standard error", &gone.errors(), "there is none")?;
     // Those that began with it have what they need.
-    let last = scene.says(&scene.last(), "cat /n")?;
-    ensure!(last.trim().parse::<u64>()? > before.0, "{last}");
-    Ok(())
+    let last = scene.last();
+    let counted = scene.counted(&last)?;
+    // Its next task is its own command, on the disk that the clone has left.
+    start_again(subject, &last)?;
+    let kept = scene.says(&last, "cat /n")?;
+    ensure!(kept.trim().parse::<u64>()? >= counted.1, "{counted:?}, {kept}");
+    expect_contains("its first process", &scene.says(&last, "cat /proc/1/cmdline")?, "sleep")
 }
 
 fn refusals(subject: &Subject) -> Result<()> {
