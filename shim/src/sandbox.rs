@@ -188,7 +188,7 @@ impl Sandbox {
         request: &CreateTaskRequest,
         making: &mut Making,
     ) -> Result<Arc<Container>, Error> {
-        let Context { config, namespace, containerd, log, .. } = &self.context;
+        let Context { config, namespace, log, .. } = &self.context;
         let id = request.id.as_str();
         if let Some(options) = request.options.as_ref() {
             options::check(options, log)?;
@@ -206,22 +206,14 @@ impl Sandbox {
             warn!(log, "a field of the specification has no effect in a virtual machine"; "task" => id, "field" => field);
         }
         let mut machine = config.machine(&bundle.annotations, &bundle.limits)?;
-        let restored = self.checkpointed(request, &mut bundle).await?;
+        let run_dir = RunDir::path_of(&config.run_dir, namespace, &self.context.id);
+        let restored = self.checkpointed(request, &mut bundle, &run_dir).await?;
         if let Some(restored) = &restored {
             (machine.vcpus, machine.memory_mib) = (restored.vcpus, restored.remembered.memory_mib);
         }
         let files = HostFiles::open(config)?;
-        let run_dir = RunDir::path_of(&config.run_dir, namespace, &self.context.id);
-        let wanted = rootfs::Request {
-            id,
-            namespace,
-            containerd,
-            mounts: &request.rootfs,
-            root: &bundle.root,
-            state_dir: &config.state_dir,
-            run_dir: &run_dir,
-            writable_size_mib: machine.writable_size_mib,
-        };
+        let root = bundle.root.clone();
+        let wanted = self.wanted(request, &root, &run_dir, machine.writable_size_mib);
         let source = rootfs::find(&wanted)?;
         let ends = Ends::open(&stdio, namespace, id).await?;
 
@@ -320,6 +312,7 @@ impl Sandbox {
         &self,
         request: &CreateTaskRequest,
         bundle: &mut Bundle,
+        run_dir: &Path,
     ) -> Result<Option<Restored>, Error> {
         let source = clone::source(&bundle.annotations, &request.checkpoint)?.map(str::to_owned);
         let store = self.store();
@@ -330,6 +323,11 @@ impl Sandbox {
                 checkpoint::blocking(move || Restored::import(&store, Path::new(&path))).await?
             }
             Some(source) => {
+                let wanted = self.wanted(request, &bundle.root, run_dir, 0);
+                if rootfs::has_run(&wanted, &rootfs::find(&wanted)?)? {
+                    info!(self.context.log, "a clone that has run before boots with its own disk"; "task" => &request.id);
+                    return Ok(None);
+                }
                 let (namespace, identity) =
                     (self.context.namespace.clone(), Identity::new(&bundle.hostname, &request.id));
                 bundle.hostname.clone_from(&identity.hostname);
@@ -339,6 +337,18 @@ impl Sandbox {
         let saved = restored.volumes.as_ref().map_or(&[][..], |saved| &saved.exports);
         bundle.volumes = volumes::matched(saved, &bundle.volumes)?;
         Ok(Some(restored))
+    }
+
+    fn wanted<'a>(
+        &'a self,
+        request: &'a CreateTaskRequest,
+        root: &'a Path,
+        run_dir: &'a Path,
+        writable_size_mib: u64,
+    ) -> rootfs::Request<'a> {
+        let Context { config, namespace, containerd, .. } = &self.context;
+        let (id, mounts, state_dir) = (&request.id, &request.rootfs, &config.state_dir);
+        rootfs::Request { id, namespace, containerd, mounts, root, state_dir, run_dir, writable_size_mib }
     }
 
     pub(crate) fn store(&self) -> Store {

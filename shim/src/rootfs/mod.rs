@@ -149,6 +149,14 @@ pub(crate) fn find(request: &Request<'_>) -> Result<Source, RootfsError> {
     Source::find(request.mounts, request.root)
 }
 
+/// Whether a task has run on this rootfs snapshot before: there is what it has written. A directory may be anybody's.
+pub(crate) fn has_run(request: &Request<'_>, source: &Source) -> Result<bool, RootfsError> {
+    match source {
+        Source::Directory { frozen: false, .. } => Ok(false),
+        _ => writable::Place::find(source, request)?.has_run(),
+    }
+}
+
 pub(crate) async fn prepare(
     request: &Request<'_>,
     source: Source,

@@ -81,6 +81,12 @@ impl Place {
         !matches!(self.life, Life::Snapshot)
     }
 
+    /// There is a disk, and it is not one that was restored for a task that never ran.
+    pub(super) fn has_run(&self) -> Result<bool, RootfsError> {
+        let lasts = !matches!(self.life, Life::Sandbox);
+        Ok(lasts && !restoring::is_begun(&self.dir) && Layers::find(&self.dir)?.is_some())
+    }
+
     /// Notes in the run-time directory where something is going to be made.
     pub(super) fn note(&self, request: &Request<'_>) -> Result<(), RootfsError> {
         let layer = match self.life {

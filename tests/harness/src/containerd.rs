@@ -196,9 +196,14 @@ impl Containerd {
 
     /// A call of the `spore` command against this instance.
     pub fn spore<S: AsRef<str>>(&self, args: &[S]) -> Call {
+        self.spore_in(&self.namespace, args)
+    }
+
+    /// The same in another namespace.
+    pub fn spore_in<S: AsRef<str>>(&self, namespace: &str, args: &[S]) -> Call {
         let mut command = Command::new(SPORE);
         command.arg("--address").arg(self.socket());
-        command.args(["--namespace", &self.namespace]);
+        command.args(["--namespace", namespace]);
         command.args(args.iter().map(AsRef::as_ref));
         Call::new(command)
     }

@@ -17,6 +17,10 @@ pub(super) fn begin(dir: &Path) -> Result<(), RootfsError> {
     File::create(&path).map(drop).map_err(host("make", &path))
 }
 
+pub(super) fn is_begun(dir: &Path) -> bool {
+    dir.join(MARK).exists()
+}
+
 /// From now on the disk is its task's, durably.
 pub(super) fn done(dir: &Path) -> Result<(), RootfsError> {
     let path = dir.join(MARK);
@@ -29,7 +33,7 @@ pub(super) fn done(dir: &Path) -> Result<(), RootfsError> {
 
 /// Removes the disk of a task that never ran, if there is one. The caller has the directory's lock.
 pub(super) fn discard(dir: &Path) -> Result<(), RootfsError> {
-    if !dir.join(MARK).exists() {
+    if !is_begun(dir) {
         return Ok(());
     }
     match lock_existing(dir) {
@@ -46,7 +50,7 @@ pub(super) fn discard(dir: &Path) -> Result<(), RootfsError> {
 
 /// The same for whoever tidies up: unless somebody is at work there.
 pub(in crate::rootfs) fn sweep(dir: &Path) {
-    if dir.join(MARK).exists()
+    if is_begun(dir)
         && let Some(_preparing) = lock::try_directory(dir)
     {
         let _ = discard(dir);

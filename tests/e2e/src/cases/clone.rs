@@ -9,6 +9,8 @@ use std::net::TcpListener;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use spore_harness::bed::Subject;
+use spore_harness::call::Output;
+use spore_harness::docker::IMAGE;
 use spore_harness::image::BUSYBOX;
 use spore_harness::network::space::Space;
 
@@ -24,6 +26,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("clone::all_or_nothing", all_or_nothing).spore_only().alone().starts(4),
     Case::new("clone::of_a_clone", of_a_clone).spore_only().starts(4),
     Case::new("clone::in_another_network", in_another_network).spore_only().starts(2),
+    Case::new("clone::by_docker", by_docker).spore_only().newest_unless_soak().starts(2),
     Case::new("clone::of_what_cannot_be_is_refused", refusals).spore_only().starts(2),
     Case::new("clone::of_a_template", of_a_template).spore_only().starts(1 + CLONES),
 ];
@@ -173,17 +176,17 @@ fn of_a_clone(subject: &Subject) -> Result<()> {
     all_differ(&identities.into_iter().collect::<Result<Vec<_>>>()?)?;
 
     scene.says(&clone, "echo kept > /kept; sync")?;
-    subject.must(&["tasks", "kill", "--signal", "KILL", &clone])?;
-    wait::until("its task is gone", SHOWN, || {
-        subject
-            .ctr(&["tasks", "delete", &clone])
-            .ok()?
-            .run()
-            .ok()
-            .filter(spore_harness::call::Output::success)
-    })?;
-    subject.must(&["tasks", "start", "--detach", &clone])?;
+    start_again(subject, &clone)?;
     expect_equal("what it kept", &scene.says(&clone, "cat /kept")?.as_str(), &"kept\n")
+}
+
+/// Ends a container's task by force, and starts another.
+fn start_again(subject: &Subject, id: &str) -> Result<()> {
+    subject.must(&["tasks", "kill", "--signal", "KILL", id])?;
+    wait::until("its task is gone", SHOWN, || {
+        subject.ctr(&["tasks", "delete", id]).ok()?.run().ok().filter(Output::success)
+    })?;
+    subject.must(&["tasks", "start", "--detach", id]).map(drop)
 }
 
 /// A clone has its namespace's addresses. A connection of its source's, which is none of its own, has ended; the source's goes on.
@@ -247,7 +250,6 @@ fn of_a_template(subject: &Subject) -> Result<()> {
     let before = scene.counted(&source)?;
     let name = subject.id("template");
     refused(subject, &["template", "create", "cafe", "--from", &source], 1, "a snapshot's id")?;
-    refused(subject, &["template", "create", &name], 2, "--from")?;
     let id = must(subject, &["template", "create", &name, "--from", &source])?;
     refused(subject, &["template", "create", &name, "--snapshot", id.trim_end()], 1, "has this name")?;
     let listed: Value = serde_json::from_str(&must(subject, &["template", "ls", "--json"])?)?;
@@ -265,8 +267,18 @@ fn of_a_template(subject: &Subject) -> Result<()> {
     for what in ["first", "second", "third"] {
         let id = scene.name(what);
         let runtime = subject.runtime.id();
-        let run =
-            ["run", "--detach", "--runtime", runtime, "--annotation", &annotation, BUSYBOX, &id, "false"];
+        let run = [
+            "run",
+            "--detach",
+            "--runtime",
+            runtime,
+            "--annotation",
+            &annotation,
+            BUSYBOX,
+            &id,
+            "sleep",
+            "100000",
+        ];
         subject.must(&run)?;
         let (memory, disk) = scene.counted(&id)?;
         expect_equal("the counters in memory and on disk", &memory, &disk)?;
@@ -281,9 +293,67 @@ fn of_a_template(subject: &Subject) -> Result<()> {
     ensure!(!gone.success(), "{gone}");
     expect_contains("standard error", &gone.errors(), "there is none")?;
     // Those that began with it have what they need.
-    let last = scene.says(&scene.last(), "cat /n")?;
-    ensure!(last.trim().parse::<u64>()? > before.0, "{last}");
-    Ok(())
+    let last = scene.last();
+    let counted = scene.counted(&last)?;
+    // Its next task is its own command, on the disk that the clone has left.
+    start_again(subject, &last)?;
+    let kept = scene.says(&last, "cat /n")?;
+    ensure!(kept.trim().parse::<u64>()? >= counted.1, "{counted:?}, {kept}");
+    expect_contains("its first process", &scene.says(&last, "cat /proc/1/cmdline")?, "sleep")
+}
+
+/// Docker's engine knows the containers that it makes itself, so it makes the clone.
+fn by_docker(subject: &Subject) -> Result<()> {
+    const NAMESPACE: &str = "docker";
+    let docker = |args: &[&str]| subject.docker(|docker| docker.must(args));
+    let run = |name: &str, options: &[&str], command: &[&str]| {
+        let fixed =
+            ["run", "--detach", "--network", "none", "--runtime", subject.runtime.id(), "--name", name];
+        docker(&[&fixed[..], options, &[IMAGE], command].concat())
+    };
+    let [source, clone] = ["source", "clone"].map(|what| subject.id(what));
+    let _removed = [&source, &clone].map(|name| Dockers { subject, name });
+    let id = run(&source, &[], &["sh", "-c", &machine()])?;
+    let shell = |name: &str, script: &str| docker(&["exec", name, "sh", "-c", script]);
+    let counted = |name: &str| -> Result<u64> {
+        let told = wait::until("it has told", SHOWN, || shell(name, "cat /n").ok()?.trim().parse().ok())?;
+        Ok(told)
+    };
+    let before = counted(&source)?;
+    let spore = |args: &[&str]| subject.with(|containerd| containerd.spore_in(NAMESPACE, args).run());
+    let output = spore(&["snapshot", "create", id.trim_end()])?;
+    ensure!(output.success(), "{output}");
+    let snapshot = output.text();
+    let annotation = format!("io.spore.clone-from={}", snapshot.trim_end());
+    let made = run(&clone, &["--annotation", &annotation], &["sleep", "100000"]);
+    must(subject, &["snapshot", "rm", snapshot.trim_end()])?;
+    made?;
+    let after = counted(&clone)?;
+    ensure!(after > before, "it began anew: {before}, {after}");
+    let told = "hostname; cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id";
+    let (one, other) = (shell(&source, told)?, shell(&clone, told)?);
+    let same = one.lines().zip(other.lines()).filter(|(one, other)| one == other).count();
+    expect_equal("what both are", &(one.lines().count(), same), &(4, 0))?;
+    let lines: Vec<_> = other.lines().collect();
+    expect_equal("its host name, by /etc/hostname", &lines[0], &lines[1])?;
+    let refused = spore(&["clone", id.trim_end()])?;
+    expect_contains("standard error", &refused.errors(), "Docker's engine runs it")?;
+    // The next task is its own command on the clone's disk.
+    docker(&["restart", "--time", "0", &clone])?;
+    ensure!(counted(&clone)? >= after, "its disk went back");
+    expect_contains("its first process", &shell(&clone, "cat /proc/1/cmdline")?, "sleep")
+}
+
+/// A container of Docker's, removed with the value.
+struct Dockers<'a> {
+    subject: &'a Subject,
+    name: &'a str,
+}
+
+impl Drop for Dockers<'_> {
+    fn drop(&mut self) {
+        self.subject.docker(|docker| docker.call(&["rm", "--force", self.name]).run()).ok();
+    }
 }
 
 fn refusals(subject: &Subject) -> Result<()> {

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use crate::containerd::{Containerd, Namespace};
 use crate::failure::{Failure, of_containerd};
 
-/// Docker's containers are in these, each as itself.
-const DOCKERS: [&str; 2] = ["moby", "plugins.moby"];
+/// Set by Docker's engine on its containers.
+const DOCKERS: &str = "com.docker/engine.bundle.path";
 /// Set by containerd's CRI on a pod's containers.
 const PODS: &str = "io.cri-containerd.kind";
 /// Tells of a clone whose it is.
@@ -53,7 +53,7 @@ impl Plan {
         let by_annotation = format!(
             "create one with that client and the annotation {CLONE_FROM}=ID, of `spore snapshot create`"
         );
-        if DOCKERS.contains(&namespace) {
+        if source.labels.contains_key(DOCKERS) {
             return Err(refused(format!(
                 "Docker's engine runs it, which knows no container that it has not created; {by_annotation}"
             )));
@@ -264,7 +264,9 @@ mod tests {
         refused(&|spec| *spec = json!(7), "");
         let unrooted = Container { snapshot_key: String::new(), ..container(&spec()) };
         assert!(Plan::new("default", unrooted, Wishes::default()).is_err());
-        let docker = Plan::new("moby", container(&spec()), Wishes::default()).unwrap_err().to_string();
+        let labels = [(DOCKERS.to_owned(), "/b".to_owned())].into();
+        let dockers = Container { labels, ..container(&spec()) };
+        let docker = Plan::new("moby", dockers, Wishes::default()).unwrap_err().to_string();
         assert!(docker.contains("Docker") && docker.contains(CLONE_FROM), "{docker}");
     }
 }
