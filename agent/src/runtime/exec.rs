@@ -142,9 +142,6 @@ fn with_defaults(mut process: Process, spec: &Spec) -> Process {
     if process.rlimits().is_none() {
         process.set_rlimits(init.rlimits().clone());
     }
-    if process.user().umask().is_none() {
-        process.user_mut().set_umask(init.user().umask());
-    }
     process
 }
 
