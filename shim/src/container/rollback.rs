@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::rootfs::Rewind;
 use crate::snapshot::{SnapshotId, Store, digest};
-use crate::vm::{HostFiles, Vm};
+use crate::vm::{HostFiles, Vm, VmError};
 use crate::volumes::Volume;
 
 /// What a task's machines have in common, beside their size and their disks.
@@ -84,7 +84,8 @@ impl Container {
         let phase = self.may_go_back()?;
         let (old, network) = (self.live(), self.network.hold().await);
         let vm = Arc::new(old.vm.successor(config)?);
-        let wanted = Wanted { config, host: &host, restored: &mut restored, disk: &disk, to };
+        let wanted =
+            Wanted { config, host: &host, restored: &mut restored, lower: &disks.lower, disk: &disk, to };
         let mut times = RolledBack::default();
         let (mut next, rewind) = match self.make_next(&old, &vm, network, wanted, rewind, &mut times).await {
             Ok(made) => made,
@@ -95,7 +96,6 @@ impl Container {
             }
         };
         let paused = next.paused;
-        disks.lower = std::mem::take(&mut restored.lower);
         disks.layers = disk.layers;
         let live = Arc::new(Live { vm, guest: Arc::clone(&next.guest) });
         let left = self.take_place(&live, &mut next);
@@ -167,8 +167,17 @@ impl Container {
     ) -> Result<(Next, Rewind), Error> {
         self.note_machines(&old.vm, Some(vm));
         let paused = Instant::now();
+        match old.vm.pause().await {
+            Ok(()) => {}
+            // It goes on.
+            Err(error @ VmError::Refused { .. }) => return Err(error.into()),
+            Err(error) => {
+                // Whether it stands still nobody knows.
+                old.vm.kill().await;
+                return Err(error.into());
+            }
+        }
         let made = async {
-            old.vm.pause().await?;
             let built = tokio::select! {
                 biased;
                 () = self.ending.over() => Err(ended()),

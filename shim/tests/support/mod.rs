@@ -182,11 +182,13 @@ pub(crate) fn fake_vmm() {
                 Reply::Restored { disk_slots, network_slots: 4, saved_at_ns: 1 }
             }
             Call::Pause => {
+                agent.paused.send_replace(true);
                 agent.signal_all(nix::sys::signal::Signal::SIGSTOP);
                 Reply::Done
             }
             Call::Resume => {
                 agent.signal_all(nix::sys::signal::Signal::SIGCONT);
+                agent.paused.send_replace(false);
                 if agent.is_restored {
                     send(0, &Message::Response { id: request.id, result: Ok(Reply::Done) }, &[]);
                     say_ready();
@@ -272,6 +274,8 @@ struct Agent {
     cmdline: String,
     /// Its processes begin anew when they are thawed.
     is_restored: bool,
+    /// Its machine stands still: signals wait.
+    paused: Arc<watch::Sender<bool>>,
 }
 
 impl Agent {
@@ -300,7 +304,7 @@ impl Agent {
         };
         let processes = state["processes"].as_array().unwrap().iter().map(process).collect();
         let cmdline = state["cmdline"].as_str().unwrap().into();
-        Self { processes: Arc::new(Mutex::new(processes)), cmdline, is_restored: true }
+        Self { processes: Arc::new(Mutex::new(processes)), cmdline, is_restored: true, ..Self::default() }
     }
 
     fn signal_all(&self, signal: nix::sys::signal::Signal) {
@@ -511,6 +515,8 @@ impl container_ttrpc::Container for Agent {
         if self.is(DEAF) {
             std::future::pending::<()>().await;
         }
+        let mut paused = self.paused.subscribe();
+        paused.wait_for(|paused| !*paused).await.unwrap();
         if self.is(IMMORTAL) {
             return Ok(container::SignalResponse::new());
         }

@@ -15,9 +15,9 @@ use crate::error::Error;
 use crate::guest::{Guest, GuestError};
 use crate::io::GuestEnds;
 use crate::network::Held;
-use crate::rootfs::WritableDisk;
+use crate::rootfs::{Image, WritableDisk};
 use crate::snapshot::SnapshotId;
-use crate::vm::{HostFiles, Image, ImageDisk, Vm};
+use crate::vm::{HostFiles, Image as SavedImage, ImageDisk, Vm};
 use crate::volumes::{self, matched};
 
 /// How long a process of a guest that nobody knows any more may take to be killed.
@@ -28,6 +28,8 @@ pub(super) struct Wanted<'a> {
     pub(super) config: &'a Config,
     pub(super) host: &'a HostFiles,
     pub(super) restored: &'a mut Restored,
+    /// The task's own read-only disks, which are the snapshot's too.
+    pub(super) lower: &'a [(String, Image)],
     pub(super) disk: &'a WritableDisk,
     pub(super) to: SnapshotId,
 }
@@ -54,16 +56,15 @@ impl Container {
         wanted: Wanted<'_>,
         times: &mut RolledBack,
     ) -> Result<Next, Error> {
-        let Wanted { config, host, restored, disk, to } = wanted;
+        let Wanted { config, host, restored, lower, disk, to } = wanted;
         let saved = restored.volumes.take();
         let ordered = matched(saved.as_ref().map_or(&[][..], |saved| &saved.exports), &self.basis.volumes)?;
         // While nothing of the machine that stands still is under way.
         let volumes = volumes::serve(config, vm, &ordered, saved).await?;
         let deadline = tokio::time::Instant::now() + config.boot_deadline();
-        let fixed = restored.lower.iter();
-        let fixed = fixed.map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
+        let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
         let writable = ImageDisk { serial: &restored.writable.0, top: &disk.top, below: &disk.below };
-        let image = Image {
+        let image = SavedImage {
             state: &restored.state,
             layers: restored.memory.iter().map(|(id, file)| (id.clone(), file)).collect(),
             disks: fixed.chain([writable]).collect(),

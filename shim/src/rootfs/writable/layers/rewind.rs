@@ -36,6 +36,9 @@ impl Layers {
         let Some((bottom, deltas)) = files.split_first() else {
             return Err(damaged(&raw, "the snapshot has no layer of it"));
         };
+        if self.names.len() < 2 {
+            return Err(damaged(&raw, "it was never captured, so the snapshot is of another disk"));
+        }
         let own = File::open(&raw).map_err(host("open", &raw))?;
         if !is_same(&own, bottom).map_err(host("read", &raw))? {
             return Err(damaged(&raw, "the snapshot is of another disk"));
@@ -49,7 +52,7 @@ impl Layers {
         let mut rewind =
             Rewind { before: self.clone(), after, made: Vec::new(), committed: false, _alone: alone };
         // Of those that the disk has, the uppermost is being written.
-        let kept = &self.names[1..self.names.len().max(2) - 1];
+        let kept = &self.names[1..self.names.len() - 1];
         let mut kept = kept.iter().take(deltas.len());
         for delta in deltas {
             let name = match kept.next() {

@@ -1,4 +1,5 @@
 mod merging;
+mod rewinding;
 
 use super::*;
 
