@@ -37,7 +37,9 @@ const BEFORE_FOUND_ID: usize = 4;
 /// Where the local address is in an id: behind two ports.
 const ADDRESS: usize = 4;
 const TIME_WAIT: u32 = 6;
-const INET: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
+/// AF_INET and AF_INET6, in the width that messages have.
+const INET: [u8; 2] = [2, 10];
+const TCP: u8 = 6;
 /// The kernel answers at once, if it does.
 const PATIENCE: TimeVal = TimeVal::new(10, 0);
 const BUFFER: usize = 64 * 1024;
@@ -161,7 +163,7 @@ impl Diag {
 /// struct inet_diag_req_v2.
 fn request(family: u8, states: u32, id: &[u8]) -> Vec<u8> {
     let mut body = Vec::with_capacity(BEFORE_ID + ID);
-    body.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
+    body.extend([family, TCP, 0, 0]);
     body.extend(states.to_ne_bytes());
     body.extend(id);
     body

@@ -70,6 +70,9 @@ impl Plan {
         let bytes = source.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
         let spec: Value = serde_json::from_slice(bytes)
             .map_err(|error| refused(format!("its specification is malformed: {error}")))?;
+        if !spec.is_object() {
+            return Err(refused("its specification is malformed: it is no object".into()));
+        }
         if let Some(hook) = host_hook(&spec) {
             return Err(refused(format!(
                 "its client has given it hooks of its own ({hook}), which mean this one container; {by_annotation}"
@@ -261,7 +264,7 @@ mod tests {
         let made = plan(&joined, other).unwrap().spec("b", None);
         assert_eq!(made["linux"]["namespaces"][1]["path"], "/run/netns/b");
         refused(&|spec| spec["hooks"] = json!({ "createRuntime": [{ "path": "/x" }] }), "(createRuntime)");
-        refused(&|spec| *spec = json!(7), "");
+        refused(&|spec| *spec = json!(7), "it is no object");
         let unrooted = Container { snapshot_key: String::new(), ..container(&spec()) };
         assert!(Plan::new("default", unrooted, Wishes::default()).is_err());
         let labels = [(DOCKERS.to_owned(), "/b".to_owned())].into();
