@@ -202,14 +202,15 @@ impl Container {
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
         self.streams.start_input()?;
         if let Some(disk) = restored {
-            // Before anything is written to it.
-            blocking(move || disk.keep()).await?;
+            // Whoever fails until it is somebody else leaves a disk that is nobody's.
             if let Some(identity) = &self.identity {
                 // Its network is its own by now.
                 let identified = live.guest.identify(&self.guest_id, identity);
                 let reset = live.ask("giving the clone its identity", identified).await?;
                 info!(self.log, "clone"; "hostname" => &identity.hostname, "sockets_reset" => reset);
             }
+            // Before its processes write to it.
+            blocking(move || disk.keep()).await?;
             live.ask("resuming the container", live.guest.resume(&self.guest_id)).await?;
         } else {
             live.ask("starting the container", live.guest.start(&self.guest_id, "")).await?;

@@ -203,7 +203,7 @@ async fn a_task_goes_back_and_forth_and_stays_the_same() {
     }
     let pause = PauseRequest { id: scene.host.id.clone(), ..Default::default() };
     scene.task.pause(ctx(), &pause).await.unwrap();
-    assert_eq!(scene.back_to(&second).await.unwrap().thaw_ns / 1_000_000_000, 0);
+    assert_eq!(scene.back_to(&second).await.unwrap().thaw_ns, 0);
     assert_eq!(scene.status().await, Status::PAUSED);
     let resume = ResumeRequest { id: scene.host.id.clone(), ..Default::default() };
     scene.task.resume(ctx(), &resume).await.unwrap();

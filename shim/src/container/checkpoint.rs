@@ -147,11 +147,13 @@ impl Container {
             return Err(error);
         }
         let taken = self.take(prepared, &mut disks).await;
+        if let Ok(taken) = &taken {
+            self.captured.note(taken.id(), &self.execs());
+        }
         if phase == Phase::Running && (taken.is_err() || !end) {
             self.thaw().await?;
         }
         let mut taken = taken?;
-        self.captured.note(taken.id(), &self.execs());
         if phase == Phase::Running {
             taken.stood = begun.elapsed();
         }

@@ -2,6 +2,7 @@
 //! or with the shim. A guest is asked first; one that does not obey in time loses its VM.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -44,17 +45,24 @@ pub(super) struct Ending {
     cut: watch::Sender<bool>,
     /// The shim has to go; clients are not waited for.
     hurried: watch::Sender<bool>,
+    /// SIGKILL was sent.
+    killed: AtomicBool,
     holder: Arc<AsyncFd<OwnedFd>>,
 }
 
 impl Ending {
     pub(super) fn new(holder: Arc<AsyncFd<OwnedFd>>) -> Self {
         let flag = || watch::Sender::new(false);
-        Self { over: flag(), cut: flag(), hurried: flag(), holder }
+        Self { over: flag(), cut: flag(), hurried: flag(), killed: AtomicBool::new(false), holder }
     }
 
     pub(super) fn is_hurried(&self) -> bool {
         *self.hurried.borrow()
+    }
+
+    /// Whether somebody wants the process to end who cannot be refused.
+    pub(super) fn is_meant(&self) -> bool {
+        self.is_hurried() || self.killed.load(Ordering::Acquire)
     }
 
     /// Waits for the process's end.
@@ -253,6 +261,7 @@ impl Container {
         }
         let fatal = signal == libc::SIGKILL.unsigned_abs();
         if fatal {
+            self.ending.killed.store(true, Ordering::Release);
             tokio::spawn(Arc::clone(self).insist());
         }
         let sent = loop {
@@ -293,6 +302,8 @@ impl Container {
         let live = self.live();
         live.vm.kill().await;
         self.ending.cut.send_replace(true);
+        // None takes its place from now on; one may have until now.
+        self.live().vm.kill().await;
     }
 
     /// Whether the process has ended, as far as is known.
@@ -309,17 +320,25 @@ impl Container {
     /// Ends the process and the guest as a machine's own shutdown would, disks written back; by
     /// force when the guest does not do it in time. The exit then waits for no client.
     pub(crate) async fn shut_down(&self) {
-        let live = self.live();
         self.ending.hurried.send_replace(true);
-        if self.is_lost() {
-            return;
-        }
-        let asked = live.guest.shutdown(GRACE, SHUTDOWN);
-        match live.ask("shutting the guest down", asked).await {
-            // It powers itself off when its answer is out.
-            Ok(()) => drop(tokio::time::timeout(LOST, live.vm.ended()).await),
-            Err(error) => warn!(self.log, "the guest did not shut down in order"; "error" => %error),
-        }
+        let live = loop {
+            let live = self.live();
+            if self.is_lost() {
+                return;
+            }
+            let asked = live.guest.shutdown(GRACE, SHUTDOWN);
+            tokio::select! {
+                biased;
+                // A rollback that could not be stopped any more.
+                () = self.replaced(&live) => continue,
+                answer = live.ask("shutting the guest down", asked) => match answer {
+                    // It powers itself off when its answer is out.
+                    Ok(()) => drop(tokio::time::timeout(LOST, live.vm.ended()).await),
+                    Err(error) => warn!(self.log, "the guest did not shut down in order"; "error" => %error),
+                },
+            }
+            break live;
+        };
         if !live.vm.has_ended() {
             self.cut().await;
         }

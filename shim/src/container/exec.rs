@@ -234,13 +234,20 @@ impl Container {
     }
 
     pub(crate) async fn kill_exec(&self, exec_id: &str, signal: u32) -> Result<(), Error> {
-        let live = self.live();
-        match self.exec(exec_id)?.phase() {
-            Phase::Created => return Err(Error::State("process not created".into())),
-            Phase::Stopped | Phase::Deleted => return Err(Error::Finished),
-            Phase::Running | Phase::Paused => {}
+        loop {
+            let live = self.live();
+            match self.exec(exec_id)?.phase() {
+                Phase::Created => return Err(Error::State("process not created".into())),
+                Phase::Stopped | Phase::Deleted => return Err(Error::Finished),
+                Phase::Running | Phase::Paused => {}
+            }
+            tokio::select! {
+                biased;
+                // It may go on in the other machine.
+                () = self.replaced(&live) => {}
+                sent = live.ask("signalling", live.guest.signal(&self.guest_id, exec_id, signal, false)) => return sent,
+            }
         }
-        live.ask("signalling", live.guest.signal(&self.guest_id, exec_id, signal, false)).await
     }
 
     /// Forgets an exec that does not run.

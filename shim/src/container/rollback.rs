@@ -100,8 +100,12 @@ impl Container {
         let live = Arc::new(Live { vm, guest: Arc::clone(&next.guest) });
         let left = self.take_place(&live, &mut next);
         let begun_thaw = Instant::now();
-        let thawed = if phase == Phase::Running { self.thaw().await } else { Ok(()) };
-        (times.thaw, times.gap) = (begun_thaw.elapsed(), paused.elapsed());
+        let mut thawed = Ok(());
+        if phase == Phase::Running {
+            thawed = self.thaw().await;
+            times.thaw = begun_thaw.elapsed();
+        }
+        times.gap = paused.elapsed();
         // Before anything may happen again.
         self.network.follow(Arc::clone(&live.vm), Arc::clone(&live.guest));
         next.network.keep();
@@ -125,7 +129,7 @@ impl Container {
         if !matches!(phase, Phase::Running | Phase::Paused) {
             return Err(Error::State(format!("cannot roll a {} container back", phase.name())));
         }
-        if self.is_over() || self.is_lost() {
+        if self.is_ending() {
             return Err(Error::State("cannot roll a container back that has ended".into()));
         }
         if self.leaving.load(std::sync::atomic::Ordering::Acquire) {
@@ -202,6 +206,11 @@ impl Container {
         }
     }
 
+    /// The task has ended, or is going to: a signal that cannot be caught may have reached the machine that there is.
+    fn is_ending(&self) -> bool {
+        self.is_over() || self.is_lost() || self.ending.is_meant()
+    }
+
     /// The list of the disk's layers, durably; unless the task has ended meanwhile.
     async fn commit_disk(&self, mut rewind: Rewind, times: &mut RolledBack) -> Result<Rewind, Error> {
         let (begun, log) = (Instant::now(), self.log.clone());
@@ -211,7 +220,7 @@ impl Container {
         });
         let mut rewind = written.await?;
         times.disk = begun.elapsed();
-        if self.is_over() || self.is_lost() {
+        if self.is_ending() {
             let log = self.log.clone();
             blocking(move || Ok::<_, Error>(rewind.undo(&log))).await?;
             return Err(ended());

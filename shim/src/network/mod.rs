@@ -63,6 +63,10 @@ struct State {
     taps: BTreeMap<u8, OwnedFd>,
     /// Slots of the VMM that have their tap.
     attached: BTreeSet<u8>,
+    /// Whose tap came or went since another machine was lent them.
+    changed: BTreeSet<u8>,
+    /// Attached, but to a tap that has gone since.
+    stale: BTreeSet<u8>,
     closed: bool,
 }
 
@@ -106,22 +110,39 @@ impl Network {
     /// Makes VMM and guest have what the namespace has. What can be done is done also when
     /// something fails; the first failure is told.
     pub(crate) async fn sync(&self, vm: &Vm, guest: &Guest) -> Result<Spent, Error> {
-        self.sync_with(&mut *self.state.lock().await, vm, guest).await
+        match self.sync_with(&mut *self.state.lock().await, vm, guest).await? {
+            (_, Some(refused)) => Err(refused.into()),
+            (spent, None) => Ok(spent),
+        }
     }
 
-    async fn sync_with(&self, state: &mut State, vm: &Vm, guest: &Guest) -> Result<Spent, Error> {
+    /// Also tells what of the namespace no guest can have.
+    async fn sync_with(
+        &self,
+        state: &mut State,
+        vm: &Vm,
+        guest: &Guest,
+    ) -> Result<(Spent, Option<NetworkError>), Error> {
         let mut spent = Spent::default();
         if state.closed {
-            return Ok(spent);
+            return Ok((spent, None));
         }
         let begin = Instant::now();
         let looked = self.thread.look().await?;
         spent.namespace = begin.elapsed();
         let mut refused = looked.refused.into_iter();
         let mut failure = None;
+        for slot in std::mem::take(&mut state.stale) {
+            if state.attached.remove(&slot)
+                && let Err(error) = vm.detach_network(slot).await
+            {
+                failure.get_or_insert(error);
+            }
+        }
         for slot in looked.left {
             info!(self.log, "a network interface has gone"; "slot" => slot);
             state.taps.remove(&slot);
+            state.changed.insert(slot);
         }
         let mut new = BTreeSet::new();
         for joined in looked.joined {
@@ -133,6 +154,7 @@ impl Network {
                 failure.get_or_insert(error);
             }
             state.taps.insert(joined.slot, joined.tap);
+            state.changed.insert(joined.slot);
             new.insert(joined.slot);
         }
         let gone: Vec<_> =
@@ -180,10 +202,9 @@ impl Network {
             }
             state.told = Some(mirror);
         }
-        match (failure, refused.next()) {
-            (Some(error), _) => Err(error.into()),
-            (None, Some(error)) => Err(error.into()),
-            (None, None) => Ok(spent),
+        match failure {
+            Some(error) => Err(error.into()),
+            None => Ok((spent, refused.next())),
         }
     }
 
@@ -253,7 +274,13 @@ impl Held {
     pub(crate) async fn lend(&mut self, vm: &Vm, guest: &Guest) -> Result<(), Error> {
         self.before = Some(std::mem::take(&mut self.state.attached));
         self.state.told = None;
-        self.network.sync_with(&mut self.state, vm, guest).await.map(drop)
+        self.state.changed.clear();
+        let (_, refused) = self.network.sync_with(&mut self.state, vm, guest).await?;
+        if let Some(refused) = refused {
+            // The machine that stands still has it no more than this one.
+            warn!(self.network.log, "an interface does not reach the guest"; "error" => %refused);
+        }
+        Ok(())
     }
 
     /// The other machine is the one to go on.
@@ -265,11 +292,14 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         if let Some(before) = self.before.take() {
+            // Where another tap, or none, is by now, the machine still has the one that was there.
+            self.state.stale = before.intersection(&self.state.changed).copied().collect();
             self.state.attached = before;
             // What has come or gone meanwhile the machine has still to be told.
             self.state.told = None;
-            self.network.thread.stir();
         }
+        // Who follows the namespace may have been about to look when this began.
+        self.network.thread.stir();
     }
 }
 

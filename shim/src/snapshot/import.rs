@@ -15,7 +15,7 @@ use tar::{EntryType, Header, PaxExtensions};
 
 use super::error::{FileError, StoreError, host};
 use super::export::{BLOCK, PREFIX};
-use super::manifest::{FILE, Layer, MAX_BYTES, MAX_STATE, Manifest, STATE, SnapshotId, VOLUMES};
+use super::manifest::{FILE, Layer, MAX_BYTES, MAX_STATE, Manifest, Purpose, STATE, SnapshotId, VOLUMES};
 use super::opened::same;
 use super::pack::{PackError, unpack};
 use super::store::file_in;
@@ -122,6 +122,16 @@ impl<'a> Receiver<'a> {
         let bytes = bytes(input, size)?;
         let bad = |source| StoreError::Manifest { id: self.draft.id(), source };
         let manifest = Manifest::decode(&bytes).map_err(bad)?;
+        // Containers of every namespace begin with a template, and what a task hibernates in is nobody else's.
+        if !matches!(manifest.purpose, Purpose::Snapshot | Purpose::Checkpoint) {
+            let what = manifest.purpose.name();
+            return Err(refused(
+                FILE,
+                format!(
+                    "it is a {what} of another host; export a snapshot, and make the {what} of that here"
+                ),
+            ));
+        }
         let known = self.known(&manifest)?;
         self.manifest = Some((manifest, bytes));
         Ok(known)

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use rustix::fs::{Mode, OFlags, openat};
 
 use super::error::{FileError, StoreError, host};
-use super::manifest::{FILE, MAX_BYTES, Manifest, ManifestError, SnapshotId};
+use super::manifest::{FILE, MAX_BYTES, Manifest, ManifestError, Purpose, SnapshotId};
 use super::{DIRECTORY, Draft, Opened};
 use crate::rootfs::{lock, temporary};
 
@@ -187,6 +187,7 @@ impl Store {
         }
         let named = self.list()?.entries.into_iter();
         let mut meant: Vec<_> = named
+            .filter(|entry| entry.manifest.purpose == Purpose::Template)
             .filter(|entry| entry.manifest.name.as_deref() == Some(wanted))
             .map(|entry| entry.manifest.id)
             .collect();

@@ -7,7 +7,7 @@ use crate::container::{Exec, Phase};
 use crate::snapshot::SnapshotId;
 
 /// Which execs the snapshots have that were taken of this task. It grows by what each had; a snapshot that is not in it was taken
-/// of another task, and has none of this one's.
+/// of another task, or of this one without execs.
 #[derive(Default)]
 pub(in crate::container) struct Captured(Mutex<HashMap<SnapshotId, Vec<Had>>>);
 
@@ -34,7 +34,10 @@ impl Captured {
     pub(in crate::container) fn note(&self, snapshot: SnapshotId, execs: &[Arc<Exec>]) {
         let had =
             |exec: &Arc<Exec>| Had { id: exec.id.clone(), phase: exec.phase(), exec: Arc::downgrade(exec) };
-        self.lock().insert(snapshot, execs.iter().map(had).collect());
+        // One without execs is as one that is not known.
+        if !execs.is_empty() {
+            self.lock().insert(snapshot, execs.iter().map(had).collect());
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SnapshotId, Vec<Had>>> {

@@ -26,6 +26,19 @@ fn a_template_has_all_of_its_snapshot_and_outlives_it() {
 }
 
 #[test]
+fn a_template_of_elsewhere_is_refused() {
+    let place = Place::new();
+    let made = make(&place.store, "first", &place.disk_file("disk", 3)).unwrap();
+    let template = place.store.name_template(made.id, "warm").unwrap();
+    let mut tar = Vec::new();
+    export_tar(&place.store.open(template.id).unwrap(), &mut tar).unwrap();
+    let other = Place::new();
+    let refused = import_tar(&other.store, &mut &tar[..], &Policy::default()).unwrap_err().to_string();
+    assert!(refused.contains("it is a template of another host"), "{refused}");
+    assert!(other.names().is_empty());
+}
+
+#[test]
 fn a_name_is_one_templates_and_no_id() {
     let place = Place::new();
     let disk = place.disk_file("disk", 3);
@@ -41,7 +54,7 @@ fn a_name_is_one_templates_and_no_id() {
     assert_eq!(place.names(), [made.id.to_string()]);
     place.store.name_template(made.id, "cafe-1").unwrap();
     assert!(refused("cafe-1").contains("has this name"));
-    assert!(matches!(place.store.find_template("first"), Err(StoreError::NoTemplate { .. })));
-    assert!(matches!(place.store.find_template("second"), Err(StoreError::NoSuch { .. })));
+    assert!(matches!(place.store.find_template(&made.id.to_string()), Err(StoreError::NoTemplate { .. })));
+    assert!(matches!(place.store.find_template("first"), Err(StoreError::NoSuch { .. })));
     place.store.find_template("cafe-1").unwrap();
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_shim_spore::chain;
+use containerd_shim_spore::snapshot::manifest::Purpose;
 use containerd_shim_spore::snapshot::{Opened, SnapshotId, StoreError, export_tar};
 use serde_json::json;
 
@@ -32,6 +33,11 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let store = super::store()?;
     let id = store.find(&id)?;
     let snapshot = store.open(id)?;
+    if snapshot.manifest.purpose == Purpose::Template {
+        return Err(Failure::Usage(format!(
+            "snapshot {id} is a template, which no host takes from elsewhere; export a snapshot, and make a template of it there"
+        )));
+    }
     let standard = file.as_os_str() == STANDARD;
     if standard && io::stdout().is_terminal() {
         return Err(Failure::Usage("an archive is nothing for a terminal; name a file, or redirect".into()));
