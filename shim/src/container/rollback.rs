@@ -11,6 +11,7 @@ mod captured;
 mod next;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use slog::{info, warn};
@@ -22,8 +23,9 @@ use super::{Container, Live, Phase};
 use crate::checkpoint::{Restored, blocking};
 use crate::config::Config;
 use crate::error::Error;
-use crate::rootfs::Rewind;
-use crate::snapshot::{SnapshotId, Store, digest};
+use crate::network::Held;
+use crate::rootfs::{Image, Rewind};
+use crate::snapshot::{SnapshotId, Store, StoreError, digest};
 use crate::vm::{HostFiles, Vm, VmError};
 use crate::volumes::Volume;
 
@@ -70,11 +72,9 @@ impl Container {
         let mut disks = self.disks.lock().await;
         self.fits(&restored, &disks.writable)?;
         let (has, saved) = (disks.lower.iter(), restored.lower.iter());
-        let copies =
-            |(serial, image): &(String, crate::rootfs::Image)| Ok((serial.clone(), image.try_clone()?));
+        let copies = |(serial, image): &(String, Image)| Ok((serial.clone(), image.try_clone()?));
         let lower: std::io::Result<Vec<_>> = has.chain(saved).map(copies).collect();
-        let (lower, count) =
-            (lower.map_err(crate::snapshot::StoreError::own("open", "an image again"))?, disks.lower.len());
+        let (lower, count) = (lower.map_err(StoreError::own("open", "an image again"))?, disks.lower.len());
         blocking(move || same_images(&lower, count)).await?;
         let (layers, files) = (disks.layers.clone(), std::mem::take(&mut restored.writable.1));
         let (disk, rewind) = blocking(move || layers.rewind(&files)).await?;
@@ -114,7 +114,7 @@ impl Container {
         old.vm.retire().await;
         self.note_machines(&live.vm, None);
         // What cannot be removed now is when the disk is opened the next time.
-        let _ = blocking(move || Ok::<_, Error>(rewind.finish())).await;
+        let _ = tokio::task::spawn_blocking(move || rewind.finish()).await;
         self.clear_execs(&live.guest, &left).await;
         if phase == Phase::Paused {
             self.export_anew().await;
@@ -132,7 +132,7 @@ impl Container {
         if self.is_ending() {
             return Err(Error::State("cannot roll a container back that has ended".into()));
         }
-        if self.leaving.load(std::sync::atomic::Ordering::Acquire) {
+        if self.leaving.load(Ordering::Acquire) {
             return Err(Error::State("cannot roll a container back that ends with its checkpoint".into()));
         }
         Ok(phase)
@@ -164,7 +164,7 @@ impl Container {
         self: &Arc<Self>,
         old: &Live,
         vm: &Arc<Vm>,
-        network: crate::network::Held,
+        network: Held,
         wanted: Wanted<'_>,
         rewind: Rewind,
         times: &mut RolledBack,
@@ -222,7 +222,7 @@ impl Container {
         times.disk = begun.elapsed();
         if self.is_ending() {
             let log = self.log.clone();
-            blocking(move || Ok::<_, Error>(rewind.undo(&log))).await?;
+            let _ = tokio::task::spawn_blocking(move || rewind.undo(&log)).await;
             return Err(ended());
         }
         Ok(rewind)
@@ -271,10 +271,10 @@ fn ended() -> Error {
 }
 
 /// The first `count` of the disks are the task's; whether the others are the same ones.
-fn same_images(disks: &[(String, crate::rootfs::Image)], count: usize) -> Result<(), Error> {
+fn same_images(disks: &[(String, Image)], count: usize) -> Result<(), Error> {
     let mut known = Vec::with_capacity(disks.len());
     for (serial, image) in disks {
-        let digest = image.digest(digest).map_err(crate::snapshot::StoreError::own("read", "an image"))?;
+        let digest = image.digest(digest).map_err(StoreError::own("read", "an image"))?;
         known.push((serial, digest));
     }
     let (has, saved) = known.split_at(count.min(known.len()));
