@@ -257,7 +257,10 @@ mod tests {
             run(&["address", "add", "fd09::1/128", "dev", "lo", "nodad"]);
             let pair = |address: &str| {
                 let listener = TcpListener::bind(address).unwrap();
-                let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let address = listener.local_addr().unwrap();
+                // The kernel makes the route of an IPv6 address by and by.
+                let connect = || TcpStream::connect(address).ok();
+                let client = crate::wait::poll(std::time::Duration::from_secs(30), connect).unwrap();
                 (listener.accept().unwrap().0, client)
             };
             let (_kept, mut stays) = pair("127.0.0.1:0");
