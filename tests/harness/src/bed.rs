@@ -207,13 +207,23 @@ impl Subject {
         self.with(|containerd| Ok(vec![containerd.state(), containerd.snapshots()]))
     }
 
+    /// Has containerd remove the files of what was deleted, which it does by itself when it finds the time: the longer that
+    /// takes, the less often.
+    fn collect_garbage(&self) -> Result<()> {
+        let lease = self.id("garbage");
+        self.must(&["leases", "create", "--id", &lease])?;
+        self.must(&["leases", "delete", "--sync", &lease]).map(drop)
+    }
+
     /// What exists now, with the lists that containerd itself keeps.
     pub fn inventory(&self) -> Result<(Inventory, Vec<String>)> {
+        self.collect_garbage()?;
         Ok((Inventory::take(&self.counted()?)?, self.listed()?))
     }
 
     /// Fails when anything exists that was not there before.
     pub fn nothing_beyond(&self, before: &(Inventory, Vec<String>)) -> Result<()> {
+        self.collect_garbage()?;
         leftovers::none_since(&before.0, &self.counted()?)?;
         let now = self.listed()?;
         if now != before.1 {
