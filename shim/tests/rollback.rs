@@ -6,7 +6,7 @@
 mod support;
 
 use std::fs::OpenOptions;
-use std::io::Read;
+use std::io::BufRead;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -176,18 +176,28 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-fn read_lines(path: PathBuf, count: usize) -> tokio::task::JoinHandle<String> {
-    tokio::task::spawn_blocking(move || {
-        let mut text = vec![0; count * "begun\n".len()];
-        std::fs::File::open(path).unwrap().read_exact(&mut text).unwrap();
-        String::from_utf8(text).unwrap()
-    })
+/// What a client reads, line by line.
+fn read_lines(path: PathBuf) -> tokio::sync::mpsc::UnboundedReceiver<String> {
+    let (sender, lines) = tokio::sync::mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        for line in std::io::BufReader::new(std::fs::File::open(path).unwrap()).lines() {
+            let _ = sender.send(line.unwrap());
+        }
+    });
+    lines
+}
+
+/// Waits until a machine's process has begun: what it has not written yet goes with its machine.
+async fn begun(lines: &mut tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let line = tokio::time::timeout(DEADLINE, lines.recv()).await.expect("a machine's process says nothing");
+    assert_eq!(line.as_deref(), Some("begun"), "of each machine, to the same client");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_goes_back_and_forth_and_stays_the_same() {
     let mut scene = Scene::with_stdout("back", "stdout").await;
-    let output = read_lines(scene.host.path("stdout"), 5);
+    let mut output = read_lines(scene.host.path("stdout"));
+    begun(&mut output).await;
     let first = scene.snapshot().await;
     let second = scene.snapshot().await;
     let mut vmm = scene.vmm();
@@ -200,6 +210,7 @@ async fn a_task_goes_back_and_forth_and_stays_the_same() {
         let (listed, there) = scene.disk();
         assert_eq!((listed.len(), &listed), (layers, &there), "and no other files");
         scene.goes_on(vmm, &(listed, there)).await;
+        begun(&mut output).await;
     }
     let pause = PauseRequest { id: scene.host.id.clone(), ..Default::default() };
     scene.task.pause(ctx(), &pause).await.unwrap();
@@ -207,7 +218,7 @@ async fn a_task_goes_back_and_forth_and_stays_the_same() {
     assert_eq!(scene.status().await, Status::PAUSED);
     let resume = ResumeRequest { id: scene.host.id.clone(), ..Default::default() };
     scene.task.resume(ctx(), &resume).await.unwrap();
-    assert_eq!(output.await.unwrap(), "begun\n".repeat(5), "of each machine, to the same client");
+    begun(&mut output).await;
     let third = scene.snapshot().await;
     scene.back_to(&third).await.unwrap();
     let events = ["create", "start", "paused", "resumed"].map(|what| format!("/tasks/{what}"));
