@@ -7,10 +7,40 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::failure::Failure;
+
 /// What is done sooner is not worth a line.
 const PATIENCE: Duration = Duration::from_secs(1);
 const COPYING: &str = "{spinner} {bytes} ({bytes_per_sec}) {wide_msg}";
 const WAITING: &str = "{spinner} {elapsed} {wide_msg}";
+
+/// Between two looks at the clock.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Waits for what a shim does, and says what that is, for as long as it takes: the shim bounds each step, and its end ends the
+/// call. Interrupted, it says with `anyway` what becomes of it.
+pub(crate) async fn answered<T>(
+    call: impl Future<Output = T>,
+    doing: &str,
+    anyway: &str,
+) -> Result<T, Failure> {
+    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(call, interrupted);
+    let answer = loop {
+        tokio::select! {
+            answer = &mut call => break answer,
+            _ = &mut interrupted => {
+                progress.finish();
+                eprintln!("spore: warning: {anyway}");
+                return Err(Failure::Interrupted);
+            }
+            _ = ticks.tick() => progress.now(0, doing),
+        }
+    };
+    progress.finish();
+    Ok(answer)
+}
 
 pub(crate) struct Progress {
     begin: Instant,

@@ -6,7 +6,7 @@ mod export;
 mod import;
 mod inspect;
 mod ls;
-mod rm;
+pub(crate) mod rm;
 mod transfer;
 
 use clap::Subcommand;

@@ -1,7 +1,5 @@
 //! `spore snapshot create`.
 
-use std::time::Duration;
-
 use clap::ValueEnum;
 use containerd_shim_spore::api::v1::snapshots::create_request::Wait as Told;
 use containerd_shim_spore::api::v1::snapshots::{CreateRequest, CreateResponse};
@@ -11,12 +9,8 @@ use ttrpc::context::Context;
 
 use crate::Global;
 use crate::failure::Failure;
-use crate::progress::Progress;
 use crate::remote::shim_of;
-use crate::show;
-
-/// Between two looks at the clock.
-const TICK: Duration = Duration::from_millis(100);
+use crate::{progress, show};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -63,24 +57,11 @@ pub(crate) async fn take(
     let client = SnapshotsClient::new(shim_of(global, container).await?);
     let told = if wait == Wait::Durable { Told::DURABLE } else { Told::RESUMED };
     let request = CreateRequest { id: container.into(), wait: told.into(), passing, ..Default::default() };
-    // As long as it takes: the shim bounds each step, and its end ends the call.
+    let goes = if passing { "; it goes by itself after a day" } else { "" };
+    let anyway = format!(
+        "the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there{goes}"
+    );
     let call = client.create(Context::default(), &request);
-    tokio::pin!(call);
-    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
-    let interrupted = tokio::signal::ctrl_c();
-    tokio::pin!(interrupted);
-    let answer = loop {
-        tokio::select! {
-            answer = &mut call => break answer,
-            _ = &mut interrupted => {
-                progress.finish();
-                let goes = if passing { "; it goes by itself after a day" } else { "" };
-                eprintln!("spore: warning: the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there{goes}");
-                return Err(Failure::Interrupted);
-            }
-            _ = ticks.tick() => progress.now(0, &format!("writing the snapshot of {container}")),
-        }
-    };
-    progress.finish();
+    let answer = progress::answered(call, &format!("writing the snapshot of {container}"), &anyway).await?;
     answer.map_err(|error| Failure::of_shim(container, error))
 }

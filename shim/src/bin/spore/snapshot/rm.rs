@@ -1,5 +1,6 @@
 //! `spore snapshot rm`.
 
+use containerd_shim_spore::snapshot::{SnapshotId, Store};
 use serde_json::json;
 
 use crate::Global;
@@ -16,7 +17,12 @@ pub(crate) struct Args {
 /// With an id that means none, nothing is removed.
 pub(super) fn run(global: &Global, args: &Args) -> Result<(), Failure> {
     let store = super::store()?;
-    let mut meant = args.ids.iter().map(|wanted| store.find(wanted)).collect::<Result<Vec<_>, _>>()?;
+    let meant = args.ids.iter().map(|wanted| store.find(wanted)).collect::<Result<_, _>>()?;
+    remove(global, &store, meant)
+}
+
+/// Each of them once.
+pub(crate) fn remove(global: &Global, store: &Store, mut meant: Vec<SnapshotId>) -> Result<(), Failure> {
     meant.sort();
     meant.dedup();
     for id in &meant {
