@@ -11,6 +11,8 @@ use nix::unistd::Pid;
 use crate::wait;
 
 const APPEAR: Duration = Duration::from_secs(60);
+/// Of /proc/stat, proc(5): USER_HZ.
+const TICKS: f64 = 100.0;
 
 /// Waits for a process whose command line contains all of `words`.
 pub fn process(words: &[&str]) -> Result<Pid> {
@@ -94,4 +96,13 @@ impl Use {
             resident_kib: resident.with_context(|| format!("process {pid} has no memory"))?,
         })
     }
+}
+
+/// Seconds since the machine started that its CPUs were not idle; a guest's time is a user's.
+pub fn busy_seconds() -> Result<f64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let line = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).context("/proc/stat")?;
+    let ticks: Vec<f64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    // user, nice, system; then idle and iowait; then irq, softirq, steal.
+    Ok((ticks.iter().take(3).sum::<f64>() + ticks.iter().skip(5).take(3).sum::<f64>()) / TICKS)
 }

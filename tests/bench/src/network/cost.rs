@@ -10,12 +10,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::Pid;
+use spore_harness::processes;
 
 use super::yard::Member;
 
 const DEBUG: &str = "/sys/kernel/debug";
-/// Of /proc/stat, proc(5): USER_HZ.
-const TICKS: f64 = 100.0;
 
 /// Of one measurement.
 pub(super) struct Cost {
@@ -57,7 +56,7 @@ impl Counts {
         let machine = member.vmm.and_then(machine);
         let count = |name: &str| number(&fs::read_to_string(machine.as_ref()?.join(name)).ok()?);
         Ok(Self {
-            busy: busy()?,
+            busy: processes::busy_seconds()?,
             frames: member.space.within(frames)?,
             exits: count("exits"),
             interrupts: count("irq_injections"),
@@ -85,15 +84,6 @@ fn machine(vmm: Pid) -> Option<PathBuf> {
 fn wakeups(vmm: Pid) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{vmm}/task/{vmm}/status")).ok()?;
     number(status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?)
-}
-
-/// Seconds since the machine started that its CPUs were not idle; a guest's time is a user's.
-fn busy() -> Result<f64> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let line = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).context("/proc/stat")?;
-    let ticks: Vec<f64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    // user, nice, system; then idle and iowait; then irq, softirq, steal.
-    Ok((ticks.iter().take(3).sum::<f64>() + ticks.iter().skip(5).take(3).sum::<f64>()) / TICKS)
 }
 
 /// Frames that the thread's namespace has received and sent by its interface.

@@ -90,6 +90,15 @@ fn as_before(subject: &Subject, id: &str, before: &[(&'static str, Use)]) -> Res
     Ok(text)
 }
 
+/// How much of the machine's CPU is used while nobody asks its containers for anything.
+fn at_rest(subject: &Subject) -> Result<String> {
+    let (begin, busy) = (Instant::now(), processes::busy_seconds()?);
+    // What is measured is the time itself.
+    thread::sleep(Duration::from_secs(count(subject, 2, 30) as u64));
+    let share = (processes::busy_seconds()? - busy) / begin.elapsed().as_secs_f64();
+    Ok(format!("; at rest {:.0} % of a CPU", share * 100.0))
+}
+
 fn cycles(subject: &Subject) -> Result<()> {
     subject.warm_up()?;
     let before = subject.inventory()?;
@@ -140,9 +149,10 @@ fn alive(subject: &Subject) -> Result<()> {
         let echoed = guest.shell(&format!("echo {}", guest.id))?;
         ensure!(echoed.trim_end() == guest.id, "{echoed:?}");
     }
+    let rest = at_rest(subject)?;
     drop(guests);
     subject.nothing_beyond(&before)?;
-    tell(subject, "containers alive at once", &seconds, "")
+    tell(subject, "containers alive at once", &seconds, &rest)
 }
 
 fn execs(subject: &Subject) -> Result<()> {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use spore_harness::bed::Subject;
 use spore_harness::network::cni::Network;
 
-use super::{count, tell};
+use super::{at_rest, count, tell};
 use crate::cases::Case;
 use crate::guest::Guest;
 use crate::lan::{Lan, Place, in_lan};
@@ -104,8 +104,9 @@ fn at_once(subject: &Subject) -> Result<()> {
             // While all the others are there too.
             guest.shell(&format!("ping -c 1 10.{NUMBER}.0.1"))?;
         }
+        let rest = at_rest(subject)?;
         alive.into_iter().try_for_each(|one| disconnect(lan, &network, one))?;
         subject.nothing_beyond(&before)?;
-        tell(subject, "containers with an interface alive at once, four started at a time", &seconds, "")
+        tell(subject, "containers with an interface alive at once, four started at a time", &seconds, &rest)
     })
 }
