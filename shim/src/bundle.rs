@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::Value;
 use spore_agent_api::MOUNT_TYPES;
 
-use crate::config::{LEAST_MEMORY, Limits, cpuset_count};
+use crate::config::{LEAST_MEMORY, Limits, cpuset_last};
 use crate::hooks::{Hooks, Told};
 use crate::volumes::{self, Volume};
 
@@ -236,7 +236,7 @@ fn limits(spec: &Spec) -> Limits {
     Limits {
         quota: cpu
             .and_then(|cpu| positive(cpu.quota()).map(|quota| (quota, cpu.period().unwrap_or(100_000)))),
-        cpus: cpu.and_then(|cpu| cpu.cpus().as_deref().and_then(cpuset_count)),
+        last_cpu: cpu.and_then(|cpu| cpu.cpus().as_deref().and_then(cpuset_last)),
         memory: resources.memory().as_ref().and_then(|memory| positive(memory.limit())),
     }
 }
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(bundle.network, NetworkNamespace::Path("/var/run/netns/x".into()));
         assert_eq!(bundle.root, Path::new("/some/rootfs"));
         assert_eq!(bundle.limits.quota, Some((50_000, 100_000)));
-        assert_eq!((bundle.limits.cpus, bundle.limits.memory), (Some(2), Some(8_388_608)));
+        assert_eq!((bundle.limits.last_cpu, bundle.limits.memory), (Some(1), Some(8_388_608)));
         assert_eq!(bundle.annotations["io.spore.vcpus"], "2");
         let guest: Value = serde_json::from_slice(&bundle.guest_spec).unwrap();
         assert_eq!(guest["linux"]["namespaces"][1], json!({ "type": "network" }));

@@ -52,6 +52,12 @@ pub enum ConfigError {
     AnnotationNotAllowed { name: String },
     #[error("annotation {name}: value {found:?} is not allowed, expected {allowed}")]
     AnnotationValue { name: String, found: String, allowed: String },
+    #[error(
+        "linux.resources.cpu.cpus names CPU {last}; the container's machine has CPUs 0 to {}: name lower ones{}",
+        vcpus - 1,
+        if *vcpus < MAX_VCPUS { ", or raise io.spore.vcpus" } else { "" }
+    )]
+    Cpuset { last: u64, vcpus: u8 },
 }
 
 /// `config.toml`; every key is optional.
@@ -114,8 +120,8 @@ impl Default for Config {
 pub(crate) struct Limits {
     /// CPU time per period, both in microseconds.
     pub(crate) quota: Option<(u64, u64)>,
-    /// CPUs of the cpuset.
-    pub(crate) cpus: Option<u64>,
+    /// The last CPU of the cpuset: the guest's cgroup has the same numbers.
+    pub(crate) last_cpu: Option<u64>,
     /// Bytes.
     pub(crate) memory: Option<u64>,
 }
@@ -232,6 +238,9 @@ impl Config {
         let vcpus = number("vcpus", 1, u64::from(MAX_VCPUS))?
             .or_else(|| limits.vcpus())
             .map_or(self.vcpus, |count| u8::try_from(count).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS));
+        if let Some(last) = limits.last_cpu.filter(|last| *last >= u64::from(vcpus)) {
+            return Err(ConfigError::Cpuset { last, vcpus });
+        }
         let memory_mib = number("memory_mib", MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
             .or_else(|| limits.memory.map(|bytes| memory_class(bytes, host_memory_mib())))
             .unwrap_or(self.memory_mib);
@@ -264,12 +273,11 @@ impl Config {
 
 impl Limits {
     fn vcpus(&self) -> Option<u64> {
-        let quota =
-            self.quota.filter(|(_, period)| *period > 0).map(|(quota, period)| quota.div_ceil(period).max(1));
-        match (quota, self.cpus.filter(|count| *count > 0)) {
-            (Some(quota), Some(cpus)) => Some(quota.min(cpus)),
-            (one, other) => one.or(other),
-        }
+        let quota = || {
+            let (quota, period) = self.quota.filter(|(_, period)| *period > 0)?;
+            Some(quota.div_ceil(period).max(1))
+        };
+        self.last_cpu.map(|last| last.saturating_add(1)).or_else(quota)
     }
 }
 
@@ -316,15 +324,6 @@ fn cpuset(list: &str) -> Option<Vec<(u64, u64)>> {
     parts.map(range).collect()
 }
 
-/// Counts the CPUs of a cpuset list.
-pub(crate) fn cpuset_count(list: &str) -> Option<u64> {
-    let mut count = 0u64;
-    for (first, last) in cpuset(list)? {
-        count = count.checked_add((last - first).checked_add(1)?)?;
-    }
-    (count > 0).then_some(count)
-}
-
 /// The last CPU of a cpuset list.
 pub(crate) fn cpuset_last(list: &str) -> Option<u64> {
     cpuset(list)?.into_iter().map(|(_, last)| last).max()
@@ -369,14 +368,32 @@ mod tests {
     #[test]
     fn limits_choose_the_class_and_annotations_overrule_them() {
         let config = Config::default();
-        let limits = Limits { quota: Some((150_000, 100_000)), cpus: Some(8), memory: Some(200 << 20) };
+        let limits = Limits { quota: Some((150_000, 100_000)), last_cpu: None, memory: Some(200 << 20) };
         let machine = config.machine(&HashMap::new(), &limits).unwrap();
         assert_eq!((machine.vcpus, machine.memory_mib), (2, 384));
         let wanted = annotations(&[("io.spore.vcpus", "4"), ("io.spore.memory_mib", "300"), ("other", "x")]);
         let machine = config.machine(&wanted, &limits).unwrap();
         assert_eq!((machine.vcpus, machine.memory_mib), (4, 300));
-        let cpuset = Limits { cpus: cpuset_count("0-2,5"), ..Limits::default() };
-        assert_eq!(config.machine(&HashMap::new(), &cpuset).unwrap().vcpus, 4);
+    }
+
+    #[test]
+    fn a_machine_has_the_cpus_that_its_container_s_set_names() {
+        let config = Config::default();
+        let limits = |last_cpu, quota| Limits { last_cpu, quota, memory: None };
+        let vcpus = |limits: &Limits, set: &[(&str, &str)]| {
+            config.machine(&annotations(set), limits).map(|it| it.vcpus)
+        };
+        assert_eq!(vcpus(&limits(cpuset_last("1"), None), &[]).unwrap(), 2);
+        assert_eq!(vcpus(&limits(cpuset_last("0-2,5"), Some((50_000, 100_000))), &[]).unwrap(), 6);
+        assert_eq!(vcpus(&limits(Some(1), None), &[("io.spore.vcpus", "4")]).unwrap(), 4);
+        let refused = |limits: &Limits, set: &[(&str, &str)]| vcpus(limits, set).unwrap_err().to_string();
+        let few = refused(&limits(Some(3), None), &[("io.spore.vcpus", "2")]);
+        assert!(
+            few.contains("CPU 3") && few.contains("0 to 1") && few.ends_with("raise io.spore.vcpus"),
+            "{few}"
+        );
+        let none = refused(&limits(Some(u64::MAX), None), &[]);
+        assert!(none.contains("0 to 31: name lower ones") && !none.contains("raise"), "{none}");
     }
 
     #[test]
@@ -425,11 +442,7 @@ mod tests {
 
     #[test]
     fn a_cpuset_list_is_counted_or_ignored() {
-        assert_eq!(cpuset_count("0-3,8"), Some(5));
-        assert_eq!(cpuset_count("7"), Some(1));
         assert_eq!((cpuset_last("8,0-3"), cpuset_last("3-1"), cpuset_last("")), (Some(8), None, None));
-        assert_eq!(cpuset_count(""), None);
-        assert_eq!(cpuset_count("3-1"), None);
-        assert_eq!(cpuset_count("x"), None);
+        assert_eq!((cpuset_last("7"), cpuset_last("x")), (Some(7), None));
     }
 }

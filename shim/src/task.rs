@@ -12,8 +12,8 @@ use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
     CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
     PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest,
-    WaitResponse,
+    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
+    WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
@@ -122,7 +122,14 @@ impl Task for TaskService {
         // The status first: what has stopped has its exit.
         let (container, status, exit, stdio) = match &process {
             Process::Init(init) => (init, init.status(), init.exited(), &init.stdio),
-            Process::Exec(container, exec) => (container, exec.status(), exec.exited(), &exec.stdio),
+            Process::Exec(container, exec) => {
+                // What runs in a paused container stands still with it.
+                let status = match (exec.status(), container.status()) {
+                    (Status::RUNNING, Status::PAUSED) => Status::PAUSED,
+                    (own, _) => own,
+                };
+                (container, status, exec.exited(), &exec.stdio)
+            }
         };
         Ok(StateResponse {
             id: container.id.clone(),

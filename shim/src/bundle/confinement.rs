@@ -22,6 +22,8 @@ const MEND: &str = "run it without, or with apparmor=unconfined";
 struct Confined {
     #[serde(default, rename = "apparmorProfile")]
     profile: Option<String>,
+    #[serde(default, rename = "selinuxLabel")]
+    label: Option<String>,
 }
 
 fn is_somebodys(profile: &str) -> bool {
@@ -42,24 +44,33 @@ pub(super) fn check(path: &Path, spec: &Spec) -> Result<(), BundleError> {
     }
 }
 
-/// The same of a further process's JSON; what else is wrong with that the agent tells.
-pub(crate) fn check_exec(process: &[u8]) -> Result<(), String> {
-    let profile = serde_json::from_slice::<Confined>(process).ok().and_then(|process| process.profile);
-    match profile.filter(|profile| is_somebodys(profile)) {
-        Some(profile) => Err(format!("exec: {}; {MEND}", unknown(&profile))),
-        None => Ok(()),
+/// The same of a further process's JSON; what else is wrong with that the agent tells. What of it has no effect, for the log.
+pub(crate) fn check_exec(process: &[u8]) -> Result<Vec<String>, String> {
+    let Ok(Confined { profile, label }) = serde_json::from_slice(process) else { return Ok(Vec::new()) };
+    match profile.as_deref().filter(|profile| is_somebodys(profile)) {
+        Some(profile) => Err(format!("exec: {}; {MEND}", unknown(profile))),
+        None => Ok(set(of_process(profile.as_deref(), label.as_deref()))),
     }
 }
 
 /// What of a spec has no effect, for the log.
 pub(super) fn unheeded(spec: &Spec) -> Vec<String> {
     let process = spec.process().as_ref();
-    let profile = process.and_then(|process| process.apparmor_profile().as_deref());
-    let fields = [
-        ("process.apparmorProfile", profile.filter(|profile| !NONE.contains(profile))),
-        ("process.selinuxLabel", process.and_then(|process| process.selinux_label().as_deref())),
-        ("linux.mountLabel", spec.linux().as_ref().and_then(|linux| linux.mount_label().as_deref())),
-    ];
+    let of_process = of_process(
+        process.and_then(|process| process.apparmor_profile().as_deref()),
+        process.and_then(|process| process.selinux_label().as_deref()),
+    );
+    let label = spec.linux().as_ref().and_then(|linux| linux.mount_label().as_deref());
+    set(of_process.into_iter().chain([("linux.mountLabel", label)]))
+}
+
+fn of_process<'a>(profile: Option<&'a str>, label: Option<&'a str>) -> [(&'static str, Option<&'a str>); 2] {
+    let profile = profile.filter(|profile| !NONE.contains(profile));
+    [("process.apparmorProfile", profile), ("process.selinuxLabel", label)]
+}
+
+/// Those fields that somebody has set.
+fn set<'a>(fields: impl IntoIterator<Item = (&'static str, Option<&'a str>)>) -> Vec<String> {
     let set = fields.into_iter().filter_map(|(name, value)| Some((name, value?)));
     set.filter(|(_, value)| !value.is_empty()).map(|(name, value)| format!("{name} \"{value}\"")).collect()
 }
@@ -89,7 +100,11 @@ mod tests {
             let spec = spec(&json!({ "apparmorProfile": profile }), &json!({}));
             check(Path::new("/b"), &spec).unwrap();
             assert_eq!(unheeded(&spec), [format!("process.apparmorProfile \"{profile}\"")]);
-            check_exec(format!("{{\"apparmorProfile\":\"{profile}\"}}").as_bytes()).unwrap();
+            let exec = format!("{{\"apparmorProfile\":\"{profile}\"}}");
+            assert_eq!(
+                check_exec(exec.as_bytes()).unwrap(),
+                [format!("process.apparmorProfile \"{profile}\"")]
+            );
         }
         for profile in NONE {
             let spec = spec(&json!({ "apparmorProfile": profile }), &json!({}));
@@ -107,8 +122,8 @@ mod tests {
         assert!(refused.contains("apparmor=unconfined"), "{refused}");
         let refused = check_exec(b"{\"args\":[\"sh\"],\"apparmorProfile\":\"acme\"}").unwrap_err();
         assert!(refused.contains("\"acme\""), "{refused}");
-        check_exec(b"{}").unwrap();
-        check_exec(b"{").unwrap();
+        assert_eq!(check_exec(b"{}").unwrap(), [""; 0]);
+        assert_eq!(check_exec(b"{").unwrap(), [""; 0]);
     }
 
     #[test]
@@ -120,5 +135,7 @@ mod tests {
             unheeded(&spec),
             [format!("process.selinuxLabel \"{label}\""), "linux.mountLabel \"x\"".to_owned()]
         );
+        let exec = format!("{{\"selinuxLabel\":\"{label}\"}}");
+        assert_eq!(check_exec(exec.as_bytes()).unwrap(), [format!("process.selinuxLabel \"{label}\"")]);
     }
 }

@@ -132,7 +132,9 @@ impl Container {
             return Err(Error::ExecExists(exec_id.into()));
         }
         stdio.check()?;
-        confinement::check_exec(&process).map_err(Error::Invalid)?;
+        for field in confinement::check_exec(&process).map_err(Error::Invalid)? {
+            warn!(self.log, "a field of the process has no effect in a virtual machine"; "exec" => exec_id, "field" => field);
+        }
         let process = known::known_only(process);
         let wanted = stdio.wanted();
         live.ask("preparing a process", live.guest.exec(&self.guest_id, exec_id, process, wanted)).await?;
