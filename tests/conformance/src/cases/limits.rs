@@ -16,7 +16,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("limits: changed while it runs", changed).starts(1),
     Case::new("limits: more memory than the machine has, while it runs", beyond)
         .starts(1)
-        .differs("a virtual machine has the memory that it was started with; the host's own is what runc's limit is beyond"),
+        .differs("a virtual machine has the memory that it was started with; a cgroup takes a limit that there is no memory for"),
     Case::new("limits: a task over its memory is killed, and told", out_of_memory).starts(1),
 ];
 
