@@ -49,8 +49,10 @@ fn concurrent(subject: &Subject) -> Result<()> {
     subject.nothing_beyond(&before)
 }
 
+type Change = fn(&mut Value);
+
 /// Configurations that are refused: by the shim at once, after hooks have run, and in the guest.
-const REFUSED: &[(&str, fn(&mut Value))] = &[
+const REFUSED: &[(&str, Change)] = &[
     ("a hook that fails", |spec| create_runtime(spec, &json!({ "path": "/bin/false" }))),
     ("a hook that hangs", |spec| {
         create_runtime(spec, &json!({ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 }));
