@@ -88,7 +88,7 @@ fn open_at(path: &Path, namespace: &str, id: &str, debug: bool) -> (Logger, Hand
 mod tests {
     use std::io::Read;
 
-    use slog::info;
+    use slog::{debug, info};
 
     use super::*;
 
@@ -104,10 +104,31 @@ mod tests {
         let length = reader.read(&mut bytes).unwrap();
         let line: serde_json::Value = serde_json::from_slice(&bytes[..length]).unwrap();
         assert_eq!((line["msg"].as_str(), line["sandbox"].as_str()), (Some("hello"), Some("web")));
+        assert_eq!((line["task"].as_str(), line["namespace"].as_str()), (Some("web"), Some("default")));
         for _ in 0..2000 {
             info!(logger, "more than a fifo holds"; "padding" => "x".repeat(100));
         }
         handle.close();
         info!(logger, "lost, but no fault");
+    }
+    #[test]
+    fn debug_records_are_there_if_they_are_asked_for() {
+        for (asked, expected) in [(false, &["told"][..]), (true, &["for developers", "told"])] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("log");
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let (logger, handle) = open_at(&path, "default", "web", asked);
+            let mut reader =
+                OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+            debug!(logger, "for developers");
+            info!(logger, "told");
+            // The reader finds the end.
+            handle.close();
+            let mut text = String::new();
+            reader.read_to_string(&mut text).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+            let told: Vec<_> = lines.map(|line| line["msg"].as_str().unwrap().to_owned()).collect();
+            assert_eq!(told, expected);
+        }
     }
 }

@@ -6,8 +6,9 @@ use anyhow::{Context, Result, ensure};
 use containerd_client::Client;
 use containerd_client::services::v1::snapshots::MountsRequest;
 use containerd_client::services::v1::{
-    CloseIoRequest, CreateTaskRequest, DeleteProcessRequest, ExecProcessRequest, MetricsRequest,
-    ResizePtyRequest, StartRequest, UpdateTaskRequest, WaitRequest,
+    CloseIoRequest, CreateTaskRequest, DeleteProcessRequest, DeleteTaskRequest, ExecProcessRequest,
+    GetRequest, KillRequest, MetricsRequest, PauseTaskRequest, ResizePtyRequest, ResumeTaskRequest,
+    StartRequest, UpdateTaskRequest, WaitRequest,
 };
 use containerd_client::tonic::metadata::MetadataValue;
 use containerd_client::tonic::{Request, Status};
@@ -18,11 +19,12 @@ use crate::bed::Subject;
 /// The types of OCI resources and of an OCI process as containerd's clients send them, in JSON.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+const SIGKILL: u32 = 9;
 /// For one call. Emulated machines are slow.
 const DEADLINE: Duration = Duration::from_secs(240);
 
 /// What the runtime answered.
-type Answer<T> = std::result::Result<T, Status>;
+pub type Answer<T> = std::result::Result<T, Status>;
 
 /// Paths of fifos; none where empty.
 #[derive(Debug, Clone, Default)]
@@ -104,6 +106,57 @@ pub fn exec(
     };
     calling(subject, async |client, namespace| {
         Ok(client.tasks().exec(namespace.of(request)?).await.map(drop))
+    })
+}
+
+/// Tasks.Get of a task, or of a process in it: its state, such as "PAUSED".
+pub fn state(subject: &Subject, id: &str, exec_id: &str) -> Result<Answer<String>> {
+    let request = GetRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned() };
+    calling(subject, async |client, namespace| {
+        let answer = client.tasks().get(namespace.of(request)?).await;
+        Ok(answer.map(|answer| {
+            let process = answer.into_inner().process.unwrap_or_default();
+            process.status().as_str_name().to_owned()
+        }))
+    })
+}
+
+/// Tasks.Pause.
+pub fn pause(subject: &Subject, id: &str) -> Result<Answer<()>> {
+    let request = PauseTaskRequest { container_id: id.to_owned() };
+    calling(subject, async |client, namespace| {
+        Ok(client.tasks().pause(namespace.of(request)?).await.map(drop))
+    })
+}
+
+/// Tasks.Resume.
+pub fn resume(subject: &Subject, id: &str) -> Result<Answer<()>> {
+    let request = ResumeTaskRequest { container_id: id.to_owned() };
+    calling(subject, async |client, namespace| {
+        Ok(client.tasks().resume(namespace.of(request)?).await.map(drop))
+    })
+}
+
+/// Tasks.Kill of a task, or of a process in it, by SIGKILL.
+pub fn kill(subject: &Subject, id: &str, exec_id: &str) -> Result<Answer<()>> {
+    let request =
+        KillRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned(), signal: SIGKILL, all: false };
+    calling(subject, async |client, namespace| {
+        Ok(client.tasks().kill(namespace.of(request)?).await.map(drop))
+    })
+}
+
+/// Tasks.Delete of a task, or Tasks.DeleteProcess of one in it; its exit status. `ctr` asks for its state first.
+pub fn delete(subject: &Subject, id: &str, exec_id: &str) -> Result<Answer<u32>> {
+    let (container_id, exec_id) = (id.to_owned(), exec_id.to_owned());
+    calling(subject, async |client, namespace| {
+        let mut tasks = client.tasks();
+        let answer = if exec_id.is_empty() {
+            tasks.delete(namespace.of(DeleteTaskRequest { container_id })?).await
+        } else {
+            tasks.delete_process(namespace.of(DeleteProcessRequest { container_id, exec_id })?).await
+        };
+        Ok(answer.map(|answer| answer.into_inner().exit_status))
     })
 }
 

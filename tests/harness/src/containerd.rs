@@ -119,14 +119,21 @@ impl Containerd {
 
     /// Kills it by force and starts it again over what it left.
     pub fn restart(&self) -> Result<()> {
+        self.away(|| Ok(()))
+    }
+
+    /// The same, with something done while it is away.
+    pub fn away<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
         {
             let mut process = self.process();
             process.kill()?;
             process.wait()?;
-            fs::remove_file(self.directory.join("containerd.sock")).ok();
-            *process = launch(&self.series, &self.directory.join("config.toml"), &self.log)?;
         }
-        self.wait_until_it_answers()
+        fs::remove_file(self.socket()).ok();
+        let outcome = act();
+        *self.process() = launch(&self.series, &self.directory.join("config.toml"), &self.log)?;
+        self.wait_until_it_answers()?;
+        outcome
     }
 
     fn process(&self) -> MutexGuard<'_, Child> {
@@ -147,6 +154,11 @@ impl Containerd {
         // The socket stands before the services behind it.
         wait::until(&what, START, || self.ctr(&["version"]).run().ok().filter(Output::success))?;
         Ok(())
+    }
+
+    /// What it says, and what its shims log.
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Where its clients connect.

@@ -45,7 +45,7 @@ fn listed(archive: &[u8]) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-fn content(archive: &[u8], name: &str) -> Result<String> {
+pub(super) fn content(archive: &[u8], name: &str) -> Result<String> {
     let mut tar = Command::new("tar");
     tar.args(["--gzip", "--extract", "--to-stdout", name]);
     let output = Call::new(tar).stdin(archive).run()?;
@@ -53,7 +53,7 @@ fn content(archive: &[u8], name: &str) -> Result<String> {
     Ok(output.text())
 }
 
-fn diff(subject: &Subject, guest: &Guest) -> Result<Vec<u8>> {
+pub(super) fn diff(subject: &Subject, guest: &Guest) -> Result<Vec<u8>> {
     let output = subject.ctr(&["snapshots", "diff", &guest.id])?.run()?;
     ensure!(output.success(), "ctr snapshots diff: {output}");
     Ok(output.stdout)

@@ -122,12 +122,17 @@ fn run(subject: &Subject) -> Result<()> {
 fn options(subject: &Subject) -> Result<()> {
     let options =
         ["-e", "COLOUR=green", "-u", "1000:1000", "-w", "/scratch", "-h", "somewhere", "--read-only"];
-    let options = [&options[..], &["--tmpfs", "/scratch:mode=1777", "--init"]].concat();
+    let options =
+        [&options[..], &["--tmpfs", "/scratch:mode=1777", "--init", "--ulimit", "nofile=123:456"]].concat();
     let script = "echo $COLOUR; id -u; id -g; pwd; hostname; touch x && echo scratch; touch /x 2>/dev/null || echo read-only; \
-                  ps -o pid,comm | grep -c init";
+                  ps -o pid,comm | grep -c init; ulimit -Sn; ulimit -Hn";
     let output = run_with(subject, &options, &["sh", "-c", script])?;
-    equal("its output", &output.text(), "green\n1000\n1000\n/scratch\nsomewhere\nscratch\nread-only\n1\n")
-        .with_context(|| output.to_string())
+    equal(
+        "its output",
+        &output.text(),
+        "green\n1000\n1000\n/scratch\nsomewhere\nscratch\nread-only\n1\n123\n456\n",
+    )
+    .with_context(|| output.to_string())
 }
 
 fn limits(subject: &Subject) -> Result<()> {

@@ -18,6 +18,11 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("hooks: each at its moment, with the state", each_at_its_moment).starts(1),
     Case::new("hooks: createRuntime that fails fails the container", failing).starts(1),
     Case::new("hooks: createRuntime that hangs is ended at its timeout", hanging).starts(1),
+    Case::new("hooks: createContainer", create_container)
+        .starts(1)
+        .differs("it names a program of the host in namespaces of another kernel"),
+    Case::new("hooks: startContainer that fails fails the container", failing_start).starts(1),
+    Case::new("hooks: startContainer that hangs is ended at its timeout", hanging_start).starts(1),
     Case::new("hooks: poststop, also when the shim is killed", killed).starts(1),
     Case::new("hooks: poststart that fails", failing_poststart)
         .starts(1)
@@ -90,6 +95,38 @@ fn hanging(subject: &Subject) -> Result<()> {
         json!({ "createRuntime": [{ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 }] });
     let output = bundle.call(subject, "true", |spec| spec["hooks"] = hooks)?.run()?;
     refused(&output, &["OCI runtime create failed", "hook"])
+}
+
+fn create_container(subject: &Subject) -> Result<()> {
+    let bundle = Bundle::new(subject)?;
+    let notes = bundle.path("notes");
+    let script = format!("echo x >{}", notes.display());
+    let hooks = json!({ "createContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", script] }] });
+    let output = bundle.call(subject, "echo it ran", |spec| spec["hooks"] = hooks)?.run()?;
+    if subject.is_spore() {
+        refused(&output, &["createContainer"])?;
+        ensure!(output.text().is_empty() && !notes.exists(), "{output}");
+        return Err(Difference.into());
+    }
+    ensure!(output.success() && output.text() == "it ran\n", "{output}");
+    equal("what the hook wrote", &fs::read_to_string(notes)?, "x\n")
+}
+
+/// It has the container end, and before its program runs. No words reach the client: Start has been answered.
+fn start_fails(subject: &Subject, hook: Value) -> Result<()> {
+    let bundle = Bundle::new(subject)?;
+    let hooks = json!({ "startContainer": [hook] });
+    let output = bundle.call(subject, "echo it ran", |spec| spec["hooks"] = hooks)?.run()?;
+    ensure!(!output.success() && !output.text().contains("it ran"), "{output}");
+    Ok(())
+}
+
+fn failing_start(subject: &Subject) -> Result<()> {
+    start_fails(subject, json!({ "path": "/bin/false", "args": ["false"] }))
+}
+
+fn hanging_start(subject: &Subject) -> Result<()> {
+    start_fails(subject, json!({ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 }))
 }
 
 fn killed(subject: &Subject) -> Result<()> {

@@ -2,18 +2,21 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::json;
 use spore_harness::api;
 use spore_harness::bed::Subject;
 
-use super::{Case, equal};
+use super::{Case, Difference, equal};
 use crate::guest::{Guest, shared};
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("metrics: the counters of cgroup v2", metrics),
     Case::new("limits: memory and CPU of the cgroup", cgroup).starts(1),
     Case::new("limits: changed while it runs", changed).starts(1),
+    Case::new("limits: more memory than the machine has, while it runs", beyond)
+        .starts(1)
+        .differs("a virtual machine has the memory that it was started with; a cgroup takes a limit that there is no memory for"),
     Case::new("limits: a task over its memory is killed, and told", out_of_memory).starts(1),
 ];
 
@@ -45,9 +48,30 @@ fn changed(subject: &Subject) -> Result<()> {
     api::update(subject, &guest.id, &resources)??;
     let read = "cd /cgroup$(sed s/0::// /proc/self/cgroup); cat memory.max pids.max cpu.max";
     equal("memory, pids, and the CPU as before", &guest.shell(read)?, "104857600\n77\n50000 100000\n")?;
+    let weight = "cat /cgroup$(sed s/0::// /proc/self/cgroup)/cpu.weight";
+    let before = guest.shell(weight)?;
+    let resources = json!({ "cpu": { "quota": 20_000, "period": 100_000, "shares": 512 } });
+    api::update(subject, &guest.id, &resources)??;
+    equal("the CPU, and the rest as it was", &guest.shell(read)?, "104857600\n77\n20000 100000\n")?;
+    // runc and youki convert shares by formulas of different years.
+    ensure!(guest.shell(weight)? != before, "cpu.weight is {before:?} still");
     let refused = api::update(subject, &guest.id, &json!({ "cpu": { "cpus": "900-901" } }))?;
     ensure!(refused.is_err(), "a cpuset that no machine has");
     Ok(())
+}
+
+fn beyond(subject: &Subject) -> Result<()> {
+    let guest = Guest::start(subject, &["--memory-limit", "67108864", "--mount", CGROUP])?;
+    let read = || guest.shell("cat /cgroup$(sed s/0::// /proc/self/cgroup)/memory.max");
+    let answer = api::update(subject, &guest.id, &json!({ "memory": { "limit": 1_u64 << 40 } }))?;
+    if subject.is_spore() {
+        let Err(status) = answer else { bail!("it is taken") };
+        ensure!(status.message().contains("the container's machine has"), "{status}");
+        equal("the limit as it was", &read()?, "67108864\n")?;
+        return Err(Difference.into());
+    }
+    answer?;
+    equal("the limit", &read()?, "1099511627776\n")
 }
 
 fn out_of_memory(subject: &Subject) -> Result<()> {

@@ -13,9 +13,11 @@ mod pause;
 mod process;
 mod processes;
 mod propagation;
+mod resources;
 mod restart;
 mod seccomp;
 mod spec;
+mod states;
 mod stdio;
 mod volumes;
 
@@ -71,8 +73,10 @@ pub(crate) fn all(series: &str) -> Vec<Case> {
         exec::CASES,
         process::CASES,
         processes::CASES,
+        states::CASES,
         spec::CASES,
         config::CASES,
+        resources::CASES,
         namespaces::CASES,
         propagation::CASES,
         seccomp::CASES,

@@ -6,12 +6,15 @@ use anyhow::{Result, ensure};
 use spore_harness::bed::Subject;
 use spore_harness::wait;
 
+use super::changes::{content, diff};
 use super::{Case, equal, refused};
 use crate::guest::Guest;
 
 pub(crate) const CASES: &[Case] = &[
     Case::new("pause: processes stand still and go on", stand_still).starts(1),
     Case::new("pause: again, or in a paused container, is refused", refusals).starts(1),
+    Case::new("pause: a paused task is killed, or deleted by force, and its writes are kept", ended)
+        .starts(2),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -67,4 +70,25 @@ fn refusals(subject: &Subject) -> Result<()> {
     refused(&guest.task("delete", &[], &[])?.run()?, &["delete"])?;
     guest.must("resume", &[], &[])?;
     equal("a process after all that", &guest.shell("echo alive")?, "alive\n")
+}
+
+fn ended(subject: &Subject) -> Result<()> {
+    let guest = Guest::start(subject, &[])?;
+    guest.shell("echo killed >/first")?;
+    guest.must("pause", &[], &[])?;
+    guest.must("kill", &["--signal", "KILL"], &[])?;
+    guest.until("STOPPED")?;
+    let deleted = guest.task("delete", &[], &[])?.run()?;
+    ensure!(deleted.success() && deleted.errors().contains("137"), "{deleted}");
+    equal("what the first wrote", &content(&diff(subject, &guest)?, "first")?, "killed\n")?;
+
+    guest.must("start", &["--detach"], &[])?;
+    guest.shell("echo forced >/second")?;
+    guest.must("pause", &[], &[])?;
+    guest.must("delete", &["--force"], &[])?;
+    let tasks = subject.must(&["tasks", "ls"])?;
+    ensure!(!tasks.contains(&guest.id), "{tasks}");
+    let archive = diff(subject, &guest)?;
+    equal("what the second wrote", &content(&archive, "second")?, "forced\n")?;
+    equal("and the first", &content(&archive, "first")?, "killed\n")
 }

@@ -20,7 +20,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// An OCI process that runs a script.
-fn shell(script: &str) -> Value {
+pub(super) fn shell(script: &str) -> Value {
     json!({
         "args": ["/bin/sh", "-c", script],
         "cwd": "/",
@@ -30,7 +30,7 @@ fn shell(script: &str) -> Value {
 }
 
 /// What the process says.
-fn said(subject: &Subject, container: &str, process: &Value) -> Result<String> {
+pub(super) fn said(subject: &Subject, container: &str, process: &Value) -> Result<String> {
     let (id, out) = (subject.id("process"), Fifo::new(subject)?);
     let streams = Streams { stdout: out.path(), stderr: out.path(), ..Default::default() };
     api::exec(subject, container, &id, process, streams)??;

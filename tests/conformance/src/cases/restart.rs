@@ -19,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("restart: containerd killed finds its tasks again", finds_tasks).starts(1).alone(),
     Case::new("restart: output goes on while containerd is away and after", output_goes_on).starts(1).alone(),
     Case::new("restart: so do fifos, and those of an exec", fifos_go_on).starts(1).alone(),
+    Case::new("restart: a task that ends while containerd is away", ends_meanwhile).starts(1).alone(),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -37,7 +38,18 @@ fn finds_tasks(subject: &Subject) -> Result<()> {
     guest.until("STOPPED")?;
     let deleted = guest.task("delete", &[], &[])?.run()?;
     ensure!(deleted.success() && deleted.errors().contains("137"), "{deleted}");
-    Ok(())
+    if subject.is_spore() { logged(subject, &guest.id) } else { Ok(()) }
+}
+
+/// What a shim logs after the restart is in containerd's log, with its task.
+fn logged(subject: &Subject, id: &str) -> Result<()> {
+    let log = subject.with(|containerd| Ok(containerd.log().to_owned()))?;
+    let task = format!("\"{id}\"");
+    wait::until("the task's exit is in containerd's log", DEADLINE, || {
+        let log = fs::read(&log).ok()?;
+        let log = String::from_utf8_lossy(&log);
+        log.lines().any(|line| line.contains("\"task exit\"") && line.contains(&task)).then_some(())
+    })
 }
 
 fn output_goes_on(subject: &Subject) -> Result<()> {
@@ -124,5 +136,35 @@ fn fifos_go_on(subject: &Subject) -> Result<()> {
             equal("line", line, &(number + 1).to_string())?;
         }
     }
+    Ok(())
+}
+
+/// Its status is not lost. With runc it is: a containerd that starts takes a shim whose container has no process for one
+/// that was left behind, and removes the task. Spore's names the task's pid to the end.
+fn ends_meanwhile(subject: &Subject) -> Result<()> {
+    let directory = subject.bed.rootfs().with_file_name(subject.id("away"));
+    fs::create_dir(&directory)?;
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", directory.display());
+    let script = "until test -e /data/go; do sleep 0.1; done; echo >/data/ends; exit 7";
+    let guest = Guest::start_with(subject, &["--mount", &mount], &["sh", "-c", script])?;
+    subject.with(|containerd| {
+        containerd.away(|| {
+            fs::write(directory.join("go"), "")?;
+            wait::until("the script ends", DEADLINE, || directory.join("ends").exists().then_some(()))
+        })
+    })?;
+    let listed = wait::until("the task does not run", DEADLINE, || {
+        let list = subject.must(&["tasks", "ls"]).ok()?;
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(guest.id.as_str()));
+        let line = line.map(str::to_owned);
+        line.as_ref().is_none_or(|line| line.contains("STOPPED")).then_some(line)
+    })?;
+    fs::remove_dir_all(&directory)?;
+    if listed.is_none() && !subject.is_spore() {
+        return Ok(());
+    }
+    guest.until("STOPPED")?;
+    let deleted = guest.task("delete", &[], &[])?.run()?;
+    ensure!(deleted.success() && deleted.errors().contains("code 7"), "{deleted}");
     Ok(())
 }

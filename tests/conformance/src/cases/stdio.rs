@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -19,12 +20,20 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("stdio: none at all", null).starts(1),
     Case::new("stdio: a log file", log_file).starts(1),
     Case::new("stdio: a logging program", log_program).starts(1),
+    Case::new("stdio: a slow reader gets every byte", slow_reader).starts(1),
+    Case::new("stdio: a slow logging program gets every byte", slow_log_program).starts(1),
     Case::new("stdio: attach to a detached task", attach).starts(1),
     Case::new("stdio: fifos of a client's own, to the end of the input", fifos).starts(1),
+    Case::new("stdio: a terminal's interrupt and its changes of size reach the process", signalled).starts(1),
     Case::new("stdio: a client that leaves a terminal does not hang it up", left_terminal).starts(1),
 ];
 
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What `seq 1 LAST` says.
+fn numbers(last: u32) -> String {
+    (1..=last).map(|number| format!("{number}\n")).collect()
+}
 
 fn terminal(subject: &Subject) -> Result<()> {
     let script = format!(
@@ -52,7 +61,7 @@ fn log_file(subject: &Subject) -> Result<()> {
     let uri = format!("file://{file}");
     let guest = Guest::start_with(subject, &["--log-uri", &uri], &["sh", "-c", "seq 1 20000; echo err >&2"])?;
     guest.until("STOPPED")?;
-    let expected = (1..=20_000).map(|number| format!("{number}\n")).collect::<String>();
+    let expected = numbers(20_000);
     let complete = |text: &String| text.len() == expected.len() + 4;
     let text = wait::until("everything is in the file", DEADLINE, || {
         fs::read_to_string(&file).ok().filter(complete)
@@ -62,30 +71,75 @@ fn log_file(subject: &Subject) -> Result<()> {
     Ok(())
 }
 
+/// A directory with a logging program, whose script finds it in `$d`; removed with the value.
+struct LogProgram {
+    directory: PathBuf,
+}
+
+impl LogProgram {
+    /// It is ready at once, and has arguments.
+    fn new(subject: &Subject, script: &str) -> Result<Self> {
+        let program = Self { directory: PathBuf::from("/tmp").join(subject.id("program")) };
+        fs::create_dir(&program.directory)?;
+        let file = program.directory.join("log");
+        fs::write(&file, format!("#!/bin/sh\nexec 5>&-\nd=$(dirname $0)\n{script}"))?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
+        Ok(program)
+    }
+
+    fn uri(&self) -> String {
+        format!("binary://{}?--to=here", self.directory.join("log").display())
+    }
+
+    fn read(&self, name: &str) -> std::io::Result<String> {
+        fs::read_to_string(self.directory.join(name))
+    }
+}
+
+impl Drop for LogProgram {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.directory).ok();
+    }
+}
+
 fn log_program(subject: &Subject) -> Result<()> {
-    let directory = format!("/tmp/{}", subject.id("program"));
-    fs::create_dir(&directory)?;
-    let program = format!("{directory}/log");
-    // Ready at once; each stream to a file of its own; who it is for, and its arguments.
-    let script = "#!/bin/sh\nexec 5>&-\nd=$(dirname $0)\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\" >$d/called\n\
+    // Each stream to a file of its own; who it is for, and its arguments.
+    let script = "echo \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\" >$d/called\n\
                   cat <&4 >$d/err &\ncat <&3 >$d/out\nwait\n";
-    fs::write(&program, script)?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    let uri = format!("binary://{program}?--to=here");
+    let program = LogProgram::new(subject, script)?;
     let guest = Guest::start_with(
         subject,
-        &["--log-uri", &uri],
+        &["--log-uri", &program.uri()],
         &["sh", "-c", "echo to out; echo to err >&2; seq 1 1000"],
     )?;
     guest.until("STOPPED")?;
-    let read = |name: &str| fs::read_to_string(format!("{directory}/{name}"));
     wait::until("the program has everything", DEADLINE, || {
-        let all = read("out").ok()?.ends_with("\n1000\n") && read("err").ok()? == "to err\n";
+        let all = program.read("out").ok()?.ends_with("\n1000\n") && program.read("err").ok()? == "to err\n";
         all.then_some(())
     })?;
-    ensure!(read("called")?.ends_with(&format!("{} --to here\n", guest.id)), "{:?}", read("called")?);
-    ensure!(read("out")?.starts_with("to out\n1\n2\n"), "{:?}", read("out")?);
-    fs::remove_dir_all(directory)?;
+    let called = program.read("called")?;
+    ensure!(called.ends_with(&format!("{} --to here\n", guest.id)), "{called:?}");
+    equal("what it has", &program.read("out")?, &format!("to out\n{}", numbers(1000)))
+}
+
+/// More than pipes and buffers on the way hold waits in the container. The sleeps here and below are what is tested.
+fn slow_log_program(subject: &Subject) -> Result<()> {
+    let program = LogProgram::new(subject, "sleep 3\ncat <&4 >$d/err &\ncat <&3 >$d/out\nwait\n")?;
+    let guest = Guest::start_with(subject, &["--log-uri", &program.uri()], &["seq", "1", "100000"])?;
+    guest.until("STOPPED")?;
+    let expected = numbers(100_000);
+    let text = wait::until("the program has everything", DEADLINE, || {
+        program.read("out").ok().filter(|text| text.len() >= expected.len())
+    })?;
+    ensure!(text == expected, "{} bytes", text.len());
+    Ok(())
+}
+
+fn slow_reader(subject: &Subject) -> Result<()> {
+    let call = subject.run("slow", &["seq", "1", "300000"])?;
+    let output = call.in_pipeline("", " | { sleep 3; cat; }").run()?;
+    let expected = numbers(300_000);
+    ensure!(output.text() == expected, "{} bytes of {}: {output}", output.stdout.len(), expected.len());
     Ok(())
 }
 
@@ -138,6 +192,21 @@ fn fifos(subject: &Subject) -> Result<()> {
     api::close_stdin(subject, &guest.id)?;
     guest.until("STOPPED")?;
     equal("output", &out.text(), "one\ntwo\nthe end\n")
+}
+
+fn signalled(subject: &Subject) -> Result<()> {
+    let (input, out) = (Fifo::new(subject)?, Fifo::new(subject)?);
+    let streams = Streams { stdin: input.path(), stdout: out.path(), stderr: String::new(), terminal: true };
+    let script = "trap 'echo interrupted' INT; trap 'stty size' WINCH; echo ready; \
+                  while :; do sleep 1000000 & wait $!; done";
+    let guest = start(subject, &["--tty"], script, streams)?;
+    says(&out, "ready")?;
+    // What the key Ctrl-C sends.
+    input.feed("\x03")?;
+    says(&out, "interrupted")?;
+    api::resize(subject, &guest.id)??;
+    says(&out, "33 77")?;
+    equal("state", &guest.status()?, "RUNNING")
 }
 
 fn left_terminal(subject: &Subject) -> Result<()> {

@@ -1,7 +1,7 @@
 //! What a process finds around itself is what runc gives it, but for the machine.
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use spore_harness::containerd::Runtime;
 use spore_harness::image::BUSYBOX;
 
@@ -12,6 +12,7 @@ use spore_harness::bed::Subject;
 pub(crate) const CASES: &[Case] = &[
     Case::new("environment::as_runc", as_runc).spore_only().starts(2),
     Case::new("environment::limits_choose_the_machine", limits_choose_the_machine).spore_only(),
+    Case::new("environment::sets_of_cpus", sets_of_cpus).spore_only().alone().starts(2),
     Case::new("environment::memory_limit_kills", memory_limit_kills),
     Case::new("environment::domain_name_and_personality", domain_name_and_personality).spore_only(),
 ];
@@ -49,6 +50,39 @@ fn limits_choose_the_machine(subject: &Subject) -> Result<()> {
     expect_equal("CPUs", &cpus, &"2")?;
     ensure!(memory.parse::<u32>()? > 512, "the machine has {memory} MiB");
     Ok(())
+}
+
+/// A machine has every CPU of a set, whatever else would have chosen fewer. The ground itself may have one only, so that
+/// runc could not do the same there.
+fn sets_of_cpus(subject: &Subject) -> Result<()> {
+    let script = "cd /sys/fs/cgroup; cat cpuset.cpus cpuset.cpus.effective; \
+                  sed -n 's/^Cpus_allowed_list:\\t//p' /proc/self/status";
+    for (cpu, set) in
+        [(json!({ "cpus": "1" }), "1"), (json!({ "cpus": "0-1", "quota": 50_000, "period": 100_000 }), "0-1")]
+    {
+        let output = configured(subject, |spec| {
+            spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
+            spec["linux"]["resources"]["cpu"] = cpu.clone();
+            own_cgroup(spec);
+        })?;
+        ensure!(output.success(), "{cpu}: {output}");
+        expect_equal("the sets", &output.text().as_str(), &format!("{set}\n{set}\n{set}\n").as_str())
+            .with_context(|| cpu.to_string())?;
+    }
+    Ok(())
+}
+
+/// Shows the container its own cgroup as the root of those below /sys/fs/cgroup.
+fn own_cgroup(spec: &mut Value) {
+    let mount =
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
+    spec["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(mount.clone()));
+    let own = json!({ "type": "cgroup" });
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    namespaces.into_iter().for_each(|namespaces| {
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+        namespaces.push(own.clone());
+    });
 }
 
 /// The exact limit is that of the container's cgroup: its process dies, the container goes on.
