@@ -7,6 +7,7 @@
 mod clone;
 mod containerd;
 mod cp;
+mod create;
 mod doctor;
 mod exec;
 mod failure;
