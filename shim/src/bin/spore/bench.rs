@@ -33,13 +33,16 @@ const MOST_WARM_UP: u16 = 1000;
 /// What the containers do, for longer than anybody measures; every sleep(1) knows it.
 const IDLE: [&str; 2] = ["sleep", "1000000"];
 
-/// Runs each operation some times, in rounds of --concurrency at once. What a round has made is taken away before the next, outside
-/// of what is measured; so are containers and snapshots that an operation needs, of which each run of a round has its own. All are
-/// called spore-bench-PID-NUMBER, and none is left, after Ctrl-C neither.
-///
-/// Wall is the time in which runs were under way, amortised is wall for each run that succeeded, and percentiles are by nearest
-/// rank. The status is 1 when a run failed. The number of runs is -N, for -n is containerd's namespace with every verb.
+const HELP: &str = "\
+Runs are made in rounds of --concurrency at once. What a round has made is taken away before the next, and nothing of that is
+measured; neither is the making of the containers and snapshots that an operation needs, of which each run of a round has its own
+(all restores begin with one snapshot). All are called spore-bench-PID-NUMBER, and none is left, after Ctrl-C neither.
+
+WALL is the time in which runs were under way, AMORTISED is that for each run that succeeded; percentiles are by nearest rank.
+The status is 1 when a run has failed. The number of runs is -N, because -n is containerd's namespace with every verb.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = HELP)]
 pub(crate) struct Args {
     /// What to measure [default: all that is built]
     #[arg(value_enum, value_name = "OPERATION")]

@@ -149,6 +149,7 @@ impl Before {
 mod tests {
     use std::time::Duration;
 
+    use super::super::figures::Tally;
     use super::*;
 
     fn report(operations: &str) -> String {
@@ -170,7 +171,7 @@ mod tests {
         let create = r#"{"operation":"create","concurrency":1,"p50_ns":1,"p95_ns":1}"#;
         let before = Before::decode(report(&[EXEC, restore, create].join(",")).as_bytes()).unwrap();
         let row = |operation| {
-            let mut tally = Row::new(operation, 2, 1);
+            let mut tally = Tally::new(operation, 2, 1);
             tally.succeeded(Duration::from_millis(2));
             tally.row()
         };
@@ -185,7 +186,7 @@ mod tests {
             let why = before.compare(&row(operation)).unwrap_err();
             assert!(why.contains(part), "{why}");
         }
-        assert!(before.compare(&Row::new(Operation::Exec, 2, 1).row()).unwrap_err().contains("now"));
+        assert!(before.compare(&Tally::new(Operation::Exec, 2, 1).row()).unwrap_err().contains("now"));
     }
 
     #[test]

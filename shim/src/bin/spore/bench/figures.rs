@@ -61,12 +61,6 @@ pub(super) struct Row {
     pub(super) first_failure: Option<String>,
 }
 
-impl Row {
-    pub(super) fn new(operation: Operation, concurrency: usize, count: usize) -> Tally {
-        Tally { operation, concurrency, count, times: Vec::new(), wall: Duration::ZERO, failure: None }
-    }
-}
-
 /// A row as it grows.
 #[derive(Debug)]
 pub(super) struct Tally {
@@ -79,6 +73,10 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    pub(super) fn new(operation: Operation, concurrency: usize, count: usize) -> Self {
+        Self { operation, concurrency, count, times: Vec::new(), wall: Duration::ZERO, failure: None }
+    }
+
     pub(super) fn succeeded(&mut self, time: Duration) {
         self.times.push(nanoseconds(time));
     }
@@ -151,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_row_tells_runs_that_failed_and_the_first_reason() {
-        let mut tally = Row::new(Operation::Exec, 2, 4);
+        let mut tally = Tally::new(Operation::Exec, 2, 4);
         tally.took(Duration::from_millis(300));
         for time in [100, 200, 150] {
             tally.succeeded(Duration::from_millis(time));
@@ -168,7 +166,7 @@ mod tests {
 
     #[test]
     fn of_runs_that_all_failed_there_are_no_figures() {
-        let mut tally = Row::new(Operation::Create, 1, 2);
+        let mut tally = Tally::new(Operation::Create, 1, 2);
         tally.failed("no");
         let row = serde_json::to_value(tally.row()).unwrap();
         assert_eq!((&row["ok"], &row["success_percent"]), (&0.into(), &0.0.into()));

@@ -117,7 +117,8 @@ fn draw<'a>(report: &Report, text: &'a mut String) -> Result<(), Drawn<'a>> {
     let root = SVGBackend::with_string(text, (WIDTH, FRAME + strips * STRIP)).into_drawing_area();
     root.fill(&WHITE)?;
     let below = root.titled(&report.title(), (FONT, 20))?;
-    let below = below.titled(&format!("{}; {LEGEND}", report.place()), (FONT, 12))?;
+    let at_once = rows.first().map_or(1, |row| row.concurrency);
+    let below = below.titled(&format!("{}; {at_once} at once; {LEGEND}", report.place()), (FONT, 15))?;
 
     let (begin, end) = decades(rows);
     let height = f64::from(strips);
@@ -130,11 +131,13 @@ fn draw<'a>(report: &Report, text: &'a mut String) -> Result<(), Drawn<'a>> {
         .configure_mesh()
         .disable_y_mesh()
         .y_labels(0)
+        .label_style((FONT, 16))
+        .axis_desc_style((FONT, 16))
         .x_desc("milliseconds, logarithmic")
         .x_label_formatter(&|ms| format!("{ms}"))
         .draw()?;
 
-    let name = (FONT, 14).into_text_style(&root).pos(Pos::new(HPos::Right, VPos::Center));
+    let name = (FONT, 17).into_text_style(&root).pos(Pos::new(HPos::Right, VPos::Center));
     for (index, row) in rows.iter().enumerate() {
         // The first is on top.
         let middle = height - index as f64 - 0.5;
@@ -212,8 +215,11 @@ mod tests {
         of[0].samples_ns = vec![0, u64::MAX];
         let (begin, end) = decades(&of);
         assert!(begin > 0.0 && begin < 1e-5 && end > 1e13 && end.is_finite());
-        let steps: std::collections::BTreeSet<_> = (0..STEPS).map(|at| (apart(at) * 1e6) as i64).collect();
-        assert_eq!((steps.len(), steps.first(), steps.last()), (STEPS, Some(&-500_000), Some(&500_000)));
+        let steps: Vec<_> = (0..STEPS).map(apart).collect();
+        assert!(steps.iter().all(|step| (-0.5..=0.5).contains(step)));
+        let are_apart =
+            |(at, step): (usize, &f64)| steps[..at].iter().all(|other| (other - step).abs() > 0.01);
+        assert!(steps.iter().enumerate().all(are_apart));
     }
 
     #[test]

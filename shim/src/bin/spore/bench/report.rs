@@ -130,17 +130,18 @@ pub(super) mod tests {
 
     use serde_json::json;
 
+    use super::super::figures::Tally;
     use super::super::operation::Operation;
     use super::*;
 
     /// One that two operations make.
     pub(in super::super) fn report(image: &str) -> Report {
-        let mut exec = Row::new(Operation::Exec, 2, 3);
+        let mut exec = Tally::new(Operation::Exec, 2, 3);
         for time in [20, 10, 30] {
             exec.succeeded(Duration::from_millis(time));
         }
         exec.took(Duration::from_millis(60));
-        let mut create = Row::new(Operation::Create, 2, 1);
+        let mut create = Tally::new(Operation::Create, 2, 1);
         create.failed("it cannot be");
         Report {
             kind: KIND,

@@ -97,7 +97,7 @@ impl Stage<'_> {
         operation: Operation,
         rounds: Rounds,
     ) -> Result<Row, Failure> {
-        let mut tally = Row::new(operation, rounds.concurrency, rounds.count);
+        let mut tally = Tally::new(operation, rounds.concurrency, rounds.count);
         let count = operation.sources(rounds.concurrency);
         let jobs = (0..count).map(|_| self.source(operation.needs_snapshot()));
         let line = |done| format!("{operation}: {done} of {count} containers that it needs");
