@@ -189,3 +189,49 @@ impl Progress {
         (self.entries.get(), self.bytes.get())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::{Signal, raise};
+
+    use super::*;
+
+    /// One test, for a signal is every `Work`'s.
+    #[tokio::test]
+    async fn jobs_go_on_some_at_a_time_until_one_fails_or_somebody_interrupts() {
+        let mut work = Work::begin().unwrap();
+        let (under_way, most) = (Cell::new(0), Cell::new(0));
+        let job = |number: u64| {
+            let (under_way, most) = (&under_way, &most);
+            async move {
+                under_way.set(under_way.get() + 1);
+                most.set(most.get().max(under_way.get()));
+                tokio::task::yield_now().await;
+                under_way.set(under_way.get() - 1);
+                number
+            }
+        };
+        let line = |done| format!("{done} of some");
+        let (done, interrupted) = work.several(3, (0..10).map(job), |_| true, line).await;
+        assert_eq!((done.len(), most.get(), interrupted), (10, 3, false));
+        let (done, interrupted) = work.several(2, (0..10).map(job), |number| *number != 3, line).await;
+        assert!(done.contains(&3) && done.len() < 10 && !interrupted, "{done:?}");
+        assert_eq!(under_way.get(), 0);
+        assert!(work.several(2, (0..0).map(job), |_| true, line).await.0.is_empty());
+
+        // Those under way come to their end, and no more are begun.
+        let slow = (0..10).map(|number| async move {
+            if number == 0 {
+                raise(Signal::SIGTERM).unwrap();
+            }
+            tokio::time::sleep(TICK).await;
+            number
+        });
+        let (mut done, interrupted) = work.several(2, slow, |_| true, line).await;
+        done.sort_unstable();
+        assert_eq!((done, interrupted), (vec![0, 1], true));
+        // What is taken away afterwards is taken away.
+        let (done, interrupted) = work.several(usize::MAX, (0..4).map(job), |_| true, line).await;
+        assert_eq!((done.len(), interrupted), (4, false));
+    }
+}
