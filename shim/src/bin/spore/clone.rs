@@ -1,32 +1,27 @@
 //! `spore clone`: a snapshot of a container, and ordinary containers of containerd's that are made of it. All of them, or
 //! none: what was made is taken back when one fails.
 
-mod make;
 mod plan;
 
 use std::time::{Duration, Instant};
 
 use containerd_shim_spore::snapshot::{SnapshotId, Store};
-use futures::StreamExt;
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Global;
 use crate::containerd::{Containerd, Namespace};
+use crate::create::{Made, Maker};
 use crate::failure::Failure;
-use crate::progress::Progress;
+use crate::progress::Work;
 use crate::remote::check_id;
 use crate::show;
 use crate::snapshot::create::{Wait, take};
 use crate::snapshot::discard;
-use make::{Made, Maker};
 use plan::{Plan, Wishes};
 
 /// Clones that are made at a time.
 const AT_ONCE: usize = 4;
 const MOST: u16 = 1024;
-/// Between two looks at the clock.
-const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -80,8 +75,8 @@ pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
     let plan = Plan::new(&global.namespace, record, wishes)?;
     let plan = plan.with_root(&containerd, &namespace).await?;
     let origin = origin(global, &args, &store).await?;
-    let maker = Maker { containerd: &containerd, namespace: &namespace, plan: &plan, snapshot: origin.id };
-    let made = all(&maker, &names).await;
+    let maker = Maker { containerd: &containerd, namespace: &namespace, kind: "clone" };
+    let made = all(&maker, &plan, origin.id, &names).await;
     if origin.taken.is_some() {
         // They have what they need of it open, and disks of their own.
         discard(&store, origin.id);
@@ -147,37 +142,24 @@ async fn origin(global: &Global, args: &Args, store: &Store) -> Result<Origin, F
 }
 
 /// Makes them, some at a time; after a failure, or when somebody interrupts, no more are begun and all go again.
-async fn all(maker: &Maker<'_>, names: &[String]) -> Result<Vec<Made>, Failure> {
-    let listen =
-        |kind| signal(kind).map_err(|error| Failure::Refused(format!("listen for signals: {error}")));
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
-    let (progress, mut ticks) = (Progress::waiting(), tokio::time::interval(TICK));
-    let (mut made, mut failed, mut done) = (Vec::new(), None, 0);
-    let mut waiting = names.iter();
-    let mut under_way = futures::stream::FuturesUnordered::new();
-    loop {
-        while failed.is_none()
-            && under_way.len() < AT_ONCE
-            && let Some(name) = waiting.next()
-        {
-            under_way.push(maker.make(name));
-        }
-        tokio::select! {
-            outcome = under_way.next() => match outcome {
-                None => break,
-                Some((one, outcome)) => {
-                    done += usize::from(outcome.is_ok());
-                    // The first is told: others likely failed for the same reason.
-                    failed = failed.or(outcome.err());
-                    made.push(one);
-                }
-            },
-            _ = interrupt.recv() => failed = failed.or(Some(Failure::Interrupted)),
-            _ = terminate.recv() => failed = failed.or(Some(Failure::Interrupted)),
-            _ = ticks.tick() => progress.now(0, &format!("{done} of {} clones", names.len())),
-        }
+async fn all(
+    maker: &Maker<'_>,
+    plan: &Plan,
+    snapshot: SnapshotId,
+    names: &[String],
+) -> Result<Vec<Made>, Failure> {
+    let mut work = Work::begin()?;
+    let jobs = names.iter().map(|name| maker.make(plan.recipe(name, snapshot)));
+    let line = |done| format!("{done} of {} clones", names.len());
+    let (done, interrupted) = work.several(AT_ONCE, jobs, |(_, outcome)| outcome.is_ok(), line).await;
+    work.finish();
+    let mut failed = interrupted.then_some(Failure::Interrupted);
+    let mut made = Vec::new();
+    for (one, outcome) in done {
+        // The first is told: others likely failed for the same reason.
+        failed = failed.or(outcome.err());
+        made.push(one);
     }
-    progress.finish();
     let Some(failure) = failed else {
         made.sort_by_key(|one| names.iter().position(|name| *name == one.name));
         return Ok(made);

@@ -28,7 +28,7 @@ use streams::Streams;
 use terminal::RawMode;
 
 /// What containerd calls an OCI process object.
-const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+pub(crate) const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// Statuses of a command that never ran.
 const FAILED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;

@@ -4,9 +4,11 @@
 //! file for each verb; `show` is all output, `failure` all errors and exit statuses. What comes
 //! from a guest is not believed: `remote` checks it, `show` escapes it.
 
+mod bench;
 mod clone;
 mod containerd;
 mod cp;
+mod create;
 mod doctor;
 mod exec;
 mod failure;
@@ -91,6 +93,8 @@ enum Verb {
     Template(template::Verb),
     /// Make running copies of a container, each with an identity of its own
     Clone(clone::Args),
+    /// Measure how long what containers are asked to do takes on this host
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -113,6 +117,7 @@ fn main() -> ExitCode {
             Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
             Verb::Template(verb) => template::run(&global, verb).await,
             Verb::Clone(args) => clone::run(&global, args).await,
+            Verb::Bench(args) => bench::run(&global, args).await,
         }
     });
     // A thread may still wait for input that nobody needs.
@@ -155,6 +160,9 @@ mod tests {
         let cli = parse("spore fs ls web / --json --address unix:///x/y.sock").unwrap();
         assert!(cli.global.json);
         assert_eq!(cli.global.socket(), "/x/y.sock");
+        // The number of runs is another letter than the namespace.
+        let cli = parse("spore bench exec -n k8s.io -N 7 --image x -- sleep -n 9").unwrap();
+        assert_eq!(cli.global.namespace, "k8s.io");
     }
 
     #[test]
@@ -174,6 +182,12 @@ mod tests {
             "spore template prune --older-than 3",
             "spore clone web --count 0",
             "spore rollback web",
+            "spore bench",
+            "spore bench frobnicate --image x",
+            "spore bench exec --image x --count 0",
+            "spore bench exec --image x -c 0",
+            "spore bench exec --image x --plot x.png",
+            "spore bench exec --image",
         ] {
             let error = parse(line).map(|_| ()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -1,12 +1,13 @@
 //! `spore rollback`.
 
-use containerd_shim_spore::api::v1::snapshots::RollbackRequest;
+use containerd_shim_spore::api::v1::snapshots::{RollbackRequest, RollbackResponse};
 use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
+use containerd_shim_spore::snapshot::SnapshotId;
 use serde_json::json;
 use ttrpc::context::Context;
 
 use crate::failure::Failure;
-use crate::remote::shim_of;
+use crate::remote::{check_id, shim_of};
 use crate::{Global, progress, show, snapshot};
 
 /// What its processes have done since the snapshot is undone, in memory and on its disk, and what was begun in it since has ended as if
@@ -21,13 +22,11 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let Args { container, snapshot } = args;
-    let client = SnapshotsClient::new(shim_of(global, &container).await?);
-    let id = snapshot::store()?.find(&snapshot)?.to_string();
-    let request = RollbackRequest { id: container.clone(), snapshot: id.clone(), ..Default::default() };
+    check_id(&container)?;
+    let id = snapshot::store()?.find(&snapshot)?;
     let anyway = format!("{container} goes back to snapshot {id} all the same, or goes on if that fails");
-    let call = client.rollback(Context::default(), &request);
-    let answer = progress::answered(call, &format!("rolling {container} back"), &anyway).await?;
-    let answer = answer.map_err(|error| Failure::of_shim(&container, error))?;
+    let call = ask(global, &container, id);
+    let answer = progress::answered(call, &format!("rolling {container} back"), &anyway).await??;
     if !global.json {
         return Ok(());
     }
@@ -43,4 +42,16 @@ pub(crate) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
         "disk_ns": answer.disk_ns,
         "thaw_ns": answer.thaw_ns,
     }))
+}
+
+/// Has the container's shim do it.
+pub(crate) async fn ask(
+    global: &Global,
+    container: &str,
+    to: SnapshotId,
+) -> Result<RollbackResponse, Failure> {
+    let client = SnapshotsClient::new(shim_of(global, container).await?);
+    let request = RollbackRequest { id: container.into(), snapshot: to.to_string(), ..Default::default() };
+    let answer = client.rollback(Context::default(), &request).await;
+    answer.map_err(|error| Failure::of_shim(container, error))
 }

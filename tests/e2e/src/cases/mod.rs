@@ -3,6 +3,7 @@
 mod bad_command;
 mod bad_config;
 mod bad_host;
+mod bench;
 mod checkpoint;
 mod clone;
 mod command;
@@ -120,6 +121,7 @@ pub(crate) fn all() -> Vec<Case> {
         tasks::CASES,
         checkpoint::CASES,
         clone::CASES,
+        bench::CASES,
         vmm::CASES,
         rootfs::CASES,
         environment::CASES,

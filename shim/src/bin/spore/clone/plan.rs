@@ -4,10 +4,12 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::Container;
 use containerd_client::services::v1::snapshots::{Kind, StatSnapshotRequest};
+use containerd_shim_spore::snapshot::SnapshotId;
 use containerd_shim_spore::{CLONE_FROM, is_writable_bind};
 use serde_json::{Value, json};
 
 use crate::containerd::{Containerd, Namespace};
+use crate::create::{Recipe, Root};
 use crate::failure::{Failure, of_containerd};
 
 /// Set by Docker's engine on its containers.
@@ -27,20 +29,13 @@ pub(super) struct Wishes {
     pub(super) network_namespace: Option<String>,
 }
 
-/// What their rootfs snapshots stand on.
-#[derive(Debug, Default)]
-pub(super) struct Root {
-    pub(super) parent: String,
-    /// The source's is a view: nothing is written to it.
-    pub(super) view: bool,
-}
-
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) source: Container,
-    pub(super) root: Root,
-    pub(super) terminal: bool,
-    pub(super) log_uri: String,
+    source: Container,
+    /// What their rootfs snapshots stand on: what the source's does.
+    root: Root,
+    terminal: bool,
+    log_uri: String,
     namespace: String,
     network_namespace: Option<String>,
     spec: Value,
@@ -115,8 +110,20 @@ impl Plan {
         Ok(self)
     }
 
+    /// One of them, by its name, and what it begins as.
+    pub(super) fn recipe(&self, name: &str, snapshot: SnapshotId) -> Recipe {
+        Recipe {
+            record: self.record(name, Some(&snapshot.to_string())),
+            // The next task of this container is not a clone but begins with what this one leaves on its disk.
+            afterwards: Some(self.record(name, None)),
+            root: self.root.clone(),
+            terminal: self.terminal,
+            log_uri: self.log_uri.clone(),
+        }
+    }
+
     /// The container's record. With a snapshot it begins as that, without one as any other container.
-    pub(super) fn record(&self, name: &str, snapshot: Option<&str>) -> Container {
+    fn record(&self, name: &str, snapshot: Option<&str>) -> Container {
         let spec = self.source.spec.as_ref().map(|spec| prost_types::Any {
             type_url: spec.type_url.clone(),
             value: self.spec(name, snapshot).to_string().into_bytes(),

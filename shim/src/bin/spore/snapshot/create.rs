@@ -47,8 +47,23 @@ pub(super) async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     }))
 }
 
-/// Has the container's shim take one; nobody keeps a `passing` one.
+/// Has the container's shim take one, and says so meanwhile; nobody keeps a `passing` one.
 pub(crate) async fn take(
+    global: &Global,
+    container: &str,
+    wait: Wait,
+    passing: bool,
+) -> Result<CreateResponse, Failure> {
+    let goes = if passing { "; it goes by itself after a day" } else { "" };
+    let anyway = format!(
+        "the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there{goes}"
+    );
+    let call = ask(global, container, wait, passing);
+    progress::answered(call, &format!("writing the snapshot of {container}"), &anyway).await?
+}
+
+/// The same without a word.
+pub(crate) async fn ask(
     global: &Global,
     container: &str,
     wait: Wait,
@@ -57,11 +72,6 @@ pub(crate) async fn take(
     let client = SnapshotsClient::new(shim_of(global, container).await?);
     let told = if wait == Wait::Durable { Told::DURABLE } else { Told::RESUMED };
     let request = CreateRequest { id: container.into(), wait: told.into(), passing, ..Default::default() };
-    let goes = if passing { "; it goes by itself after a day" } else { "" };
-    let anyway = format!(
-        "the snapshot of {container} is being written all the same; `spore snapshot ls` tells when it is there{goes}"
-    );
-    let call = client.create(Context::default(), &request);
-    let answer = progress::answered(call, &format!("writing the snapshot of {container}"), &anyway).await?;
+    let answer = client.create(Context::default(), &request).await;
     answer.map_err(|error| Failure::of_shim(container, error))
 }

@@ -1,5 +1,5 @@
-//! One clone, step by step, and back. Its container comes first: from then on its name is taken, and its rootfs snapshot is not
-//! garbage.
+//! A container of containerd's with its rootfs snapshot and its running task: made step by step, and taken back. The container
+//! comes first: from then on its name is taken, and its rootfs snapshot is not garbage.
 
 use std::time::{Duration, Instant};
 
@@ -7,50 +7,70 @@ use containerd_client::services::v1::snapshots::{
     PrepareSnapshotRequest, RemoveSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, DeleteTaskRequest, KillRequest,
-    StartRequest, UpdateContainerRequest, WaitRequest,
+    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, DeleteTaskRequest,
+    KillRequest, StartRequest, UpdateContainerRequest, WaitRequest,
 };
 use containerd_client::tonic::{Code, Response, Status};
 use containerd_client::types::Mount;
-use containerd_shim_spore::snapshot::SnapshotId;
 use prost_types::FieldMask;
 
-use super::plan::Plan;
 use crate::containerd::{Containerd, Namespace};
 use crate::failure::{Failure, of_containerd};
 
 /// How long a task may take to end by SIGKILL: the shim kills a machine that does not.
 const KILLED: Duration = Duration::from_secs(60);
 
-/// What there is of a clone.
+/// What rootfs snapshots stand on.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Root {
+    pub(crate) parent: String,
+    /// Nothing is written to them.
+    pub(crate) view: bool,
+}
+
+/// What is to be made.
 #[derive(Debug, Default)]
-pub(super) struct Made {
-    pub(super) name: String,
-    pub(super) pid: u32,
+pub(crate) struct Recipe {
+    /// Its rootfs snapshot has the container's name.
+    pub(crate) record: Container,
+    /// What takes the record's place once the task runs: for the container's next task.
+    pub(crate) afterwards: Option<Container>,
+    pub(crate) root: Root,
+    pub(crate) terminal: bool,
+    pub(crate) log_uri: String,
+}
+
+/// What there is of a container.
+#[derive(Debug, Default)]
+pub(crate) struct Made {
+    pub(crate) name: String,
+    pub(crate) pid: u32,
     /// By step.
-    pub(super) times: Vec<(&'static str, Duration)>,
+    pub(crate) times: Vec<(&'static str, Duration)>,
+    snapshotter: String,
     container: bool,
     rootfs: bool,
     task: bool,
 }
 
-pub(super) struct Maker<'a> {
-    pub(super) containerd: &'a Containerd,
-    pub(super) namespace: &'a Namespace,
-    pub(super) plan: &'a Plan,
-    pub(super) snapshot: SnapshotId,
+pub(crate) struct Maker<'a> {
+    pub(crate) containerd: &'a Containerd,
+    pub(crate) namespace: &'a Namespace,
+    /// What errors call the containers.
+    pub(crate) kind: &'static str,
 }
 
 impl Maker<'_> {
     /// Also of a failure it says what there is to be taken back.
-    pub(super) async fn make(&self, name: &str) -> (Made, Result<(), Failure>) {
-        let mut made = Made { name: name.into(), ..Made::default() };
-        let outcome = self.steps(&mut made).await;
+    pub(crate) async fn make(&self, recipe: Recipe) -> (Made, Result<(), Failure>) {
+        let (name, snapshotter) = (recipe.record.id.clone(), recipe.record.snapshotter.clone());
+        let mut made = Made { name, snapshotter, ..Made::default() };
+        let outcome = self.steps(&mut made, recipe).await;
         (made, outcome)
     }
 
-    async fn steps(&self, made: &mut Made) -> Result<(), Failure> {
-        let Self { containerd, namespace, plan, .. } = self;
+    async fn steps(&self, made: &mut Made, recipe: Recipe) -> Result<(), Failure> {
+        let Self { containerd, namespace, .. } = self;
         let (client, name) = (&containerd.client, made.name.clone());
         let mut begun = Instant::now();
         let mut lap = |made: &mut Made, step| {
@@ -58,22 +78,21 @@ impl Maker<'_> {
             begun = Instant::now();
         };
 
-        let snapshot = self.snapshot.to_string();
-        let request = CreateContainerRequest { container: Some(plan.record(&name, Some(&snapshot))) };
+        let request = CreateContainerRequest { container: Some(recipe.record) };
         self.told(&name, "create its container", client.containers().create(namespace.call(request)).await)?;
         made.container = true;
         lap(made, "container");
 
-        let rootfs = self.rootfs(&name).await?;
+        let rootfs = self.rootfs(made, recipe.root).await?;
         made.rootfs = true;
         lap(made, "rootfs");
 
         let request = CreateTaskRequest {
             container_id: name.clone(),
             rootfs,
-            stdout: plan.log_uri.clone(),
-            stderr: if plan.terminal { String::new() } else { plan.log_uri.clone() },
-            terminal: plan.terminal,
+            stderr: if recipe.terminal { String::new() } else { recipe.log_uri.clone() },
+            stdout: recipe.log_uri,
+            terminal: recipe.terminal,
             ..Default::default()
         };
         made.task = true;
@@ -85,9 +104,9 @@ impl Maker<'_> {
         self.told(&name, "start its task", client.tasks().start(namespace.call(request)).await)?;
         lap(made, "start");
 
-        // The next task of this container is not a clone but begins with what this one leaves on its disk.
+        let Some(afterwards) = recipe.afterwards else { return Ok(()) };
         let request = UpdateContainerRequest {
-            container: Some(plan.record(&name, None)),
+            container: Some(afterwards),
             update_mask: Some(FieldMask { paths: vec!["spec".into()] }),
         };
         self.told(&name, "update its container", client.containers().update(namespace.call(request)).await)?;
@@ -95,33 +114,32 @@ impl Maker<'_> {
         Ok(())
     }
 
-    async fn rootfs(&self, name: &str) -> Result<Vec<Mount>, Failure> {
-        let Self { containerd, namespace, plan, .. } = self;
-        let (snapshotter, key, parent) =
-            (plan.source.snapshotter.clone(), name.to_owned(), plan.root.parent.clone());
+    async fn rootfs(&self, made: &Made, root: Root) -> Result<Vec<Mount>, Failure> {
+        let Self { containerd, namespace, .. } = self;
+        let (snapshotter, key, parent) = (made.snapshotter.clone(), made.name.clone(), root.parent);
         let what = "make its rootfs snapshot";
         let mut snapshots = containerd.client.snapshots();
-        if plan.root.view {
+        if root.view {
             let request = ViewSnapshotRequest { snapshotter, key, parent, ..Default::default() };
-            return Ok(self.told(name, what, snapshots.view(namespace.call(request)).await)?.mounts);
+            return Ok(self.told(&made.name, what, snapshots.view(namespace.call(request)).await)?.mounts);
         }
         let request = PrepareSnapshotRequest { snapshotter, key, parent, ..Default::default() };
-        Ok(self.told(name, what, snapshots.prepare(namespace.call(request)).await)?.mounts)
+        Ok(self.told(&made.name, what, snapshots.prepare(namespace.call(request)).await)?.mounts)
     }
 
-    /// What containerd says of a clone, by the clone's name.
+    /// What containerd says of a container, by its name.
     fn told<T>(
         &self,
         name: &str,
         operation: &str,
         answer: Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
-        let operation = format!("clone \"{name}\": {operation}");
+        let operation = format!("{} \"{name}\": {operation}", self.kind);
         Ok(answer.map_err(of_containerd(&self.containerd.address, &operation))?.into_inner())
     }
 
     /// Takes back what was made; goes on after an error, and tells them all.
-    pub(super) async fn undo(&self, made: &Made) -> Vec<Failure> {
+    pub(crate) async fn undo(&self, made: &Made) -> Vec<Failure> {
         let mut failures = Vec::new();
         if made.task {
             failures.extend(self.end(&made.name).await.err());
@@ -133,7 +151,7 @@ impl Maker<'_> {
             failures.extend(self.gone(&name, "delete its container", deleted).err());
         }
         if made.rootfs {
-            let (snapshotter, key) = (self.plan.source.snapshotter.clone(), name.clone());
+            let (snapshotter, key) = (made.snapshotter.clone(), name.clone());
             let request = RemoveSnapshotRequest { snapshotter, key };
             let removed = client.snapshots().remove(namespace.call(request)).await;
             failures.extend(self.gone(&name, "remove its rootfs snapshot", removed).err());
