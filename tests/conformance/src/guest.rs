@@ -181,6 +181,16 @@ impl Guest {
     }
 }
 
+impl Guest {
+    /// Takes it away, as the end of its value does, and tells what goes wrong.
+    pub(crate) fn end(self) -> Result<()> {
+        self.must("delete", &["--force"], &[])?;
+        let deleted = self.ctr(&["containers", "delete", self.id.as_str()])?.run()?;
+        ensure!(deleted.success(), "ctr containers delete: {deleted}");
+        Ok(())
+    }
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         // What a case has deleted already is not there.

@@ -11,12 +11,13 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use spore_harness::bed::Subject;
+use spore_harness::containerd::Runtime;
 use spore_harness::image::BUSYBOX;
 use spore_harness::network::traffic;
 use spore_harness::processes::{self, Use};
@@ -37,10 +38,46 @@ pub(crate) const CASES: &[Case] = &[
 /// Threads that a Go program may have made for itself meanwhile; a leak makes one each time.
 const SLACK: usize = 3;
 const LONG: Duration = Duration::from_secs(3600);
+/// Of a long count between two of its [`Control`].
+const BETWEEN: usize = 10;
 
-/// The bounded count, or the long one: of Spore only, it is not runc that is under test.
+/// Of Spore only: it is not runc that is under test.
+fn is_long(subject: &Subject) -> bool {
+    subject.is_spore() && std::env::var_os("SPORE_CONFORMANCE_SOAK").is_some()
+}
+
+/// The bounded count, or the long one.
 fn count(subject: &Subject, bounded: usize, long: usize) -> usize {
-    if subject.is_spore() && std::env::var_os("SPORE_CONFORMANCE_SOAK").is_some() { long } else { bounded }
+    if is_long(subject) { long } else { bounded }
+}
+
+/// What the machine itself makes of hours: runc, as bounded as always, now and then among the long count.
+struct Control {
+    subject: Option<Subject>,
+    seconds: Mutex<Vec<f64>>,
+}
+
+impl Control {
+    fn of(subject: &Subject) -> Self {
+        let runc = || Subject::new(Arc::clone(&subject.bed), &subject.series, Runtime::Runc);
+        Self { subject: is_long(subject).then(runc), seconds: Mutex::default() }
+    }
+
+    /// Before the `number`th of the long count.
+    fn now_and_then(&self, number: usize, act: impl FnOnce(&Subject) -> Result<()>) -> Result<()> {
+        let Some(runc) = self.subject.as_ref().filter(|_| number.is_multiple_of(BETWEEN)) else {
+            return Ok(());
+        };
+        let begin = Instant::now();
+        act(runc)?;
+        self.seconds.lock().unwrap_or_else(PoisonError::into_inner).push(begin.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn tell(self, what: &str) -> Result<()> {
+        let seconds = self.seconds.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.subject.map_or(Ok(()), |runc| tell(&runc, &format!("{what}, among Spore's"), &seconds, ""))
+    }
 }
 
 /// Writes a line of figures: the medians of the first and of the last fifth of `seconds`.
@@ -104,11 +141,16 @@ fn cycles(subject: &Subject) -> Result<()> {
     let before = subject.inventory()?;
     let left = AtomicUsize::new(count(subject, 4, 500));
     let seconds = Mutex::new(Vec::new());
-    let one = || -> Result<()> {
-        let begin = Instant::now();
+    let control = Control::of(subject);
+    let cycle = |subject: &Subject| {
         let guest = Guest::start(subject, &[])?;
         guest.shell("true")?;
-        drop(guest);
+        guest.end()
+    };
+    let one = |number: usize| -> Result<()> {
+        control.now_and_then(number, cycle)?;
+        let begin = Instant::now();
+        cycle(subject)?;
         let mut seconds = seconds.lock().unwrap_or_else(PoisonError::into_inner);
         seconds.push(begin.elapsed().as_secs_f64());
         if seconds.len().is_multiple_of(25) {
@@ -118,8 +160,8 @@ fn cycles(subject: &Subject) -> Result<()> {
     };
     let take = |left: usize| left.checked_sub(1);
     let worker = || -> Result<()> {
-        while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
-            one().inspect_err(|_| left.store(0, Ordering::Relaxed))?;
+        while let Ok(number) = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            one(number).inspect_err(|_| left.store(0, Ordering::Relaxed))?;
         }
         Ok(())
     };
@@ -128,12 +170,9 @@ fn cycles(subject: &Subject) -> Result<()> {
         workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
     })?;
     subject.nothing_beyond(&before)?;
-    tell(
-        subject,
-        "containers created, used and deleted, two at a time",
-        &seconds.into_inner().unwrap_or_else(PoisonError::into_inner),
-        "",
-    )
+    let what = "containers created, used and deleted, two at a time";
+    tell(subject, what, &seconds.into_inner().unwrap_or_else(PoisonError::into_inner), "")?;
+    control.tell(what)
 }
 
 fn alive(subject: &Subject) -> Result<()> {

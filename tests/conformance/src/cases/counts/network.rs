@@ -60,7 +60,7 @@ fn disconnect(
     network: &Network,
     (place, result, guest): (Arc<Place>, Value, Guest),
 ) -> Result<()> {
-    drop(guest);
+    guest.end()?;
     lan.give_up(&place)?;
     network.del(&lan.attachment(&place, "eth0", Value::Null), &result)
 }
