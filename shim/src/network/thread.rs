@@ -1,6 +1,6 @@
 //! The thread that is in the sandbox's network namespace. Nothing that happens there can hold the
 //! shim up: a caller waits for an answer only so long, and a thread that has not given one is not
-//! asked again.
+//! asked again but to leave, which it may have come to itself for.
 
 use std::fs::File;
 use std::io;
@@ -19,8 +19,9 @@ use super::names::Relay;
 use super::netlink::Netlink;
 use super::watch::Watch;
 
-/// The kernel answers within milliseconds, unless somebody holds its network lock.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// The kernel answers within milliseconds, unless somebody holds its network lock. With dozens of sandboxes that come and go on
+/// a slow host, many do, one after the other.
+const DEADLINE: Duration = Duration::from_secs(30);
 const STACK: usize = 256 * 1024;
 /// The calling thread's own, whichever it is in.
 const CURRENT: &str = "/proc/thread-self/ns/net";
@@ -104,6 +105,14 @@ impl Thread {
         if self.stuck.load(Ordering::Relaxed) {
             return Err(self.late(operation));
         }
+        self.ask(operation, job).await
+    }
+
+    async fn ask<T>(
+        &self,
+        operation: &'static str,
+        job: impl FnOnce(oneshot::Sender<Result<T, NetworkError>>) -> Job,
+    ) -> Result<T, NetworkError> {
         let (sender, answer) = oneshot::channel();
         self.jobs.send(job(sender)).map_err(|_| NetworkError::Ended { operation })?;
         self.answer(operation, answer).await
@@ -121,9 +130,10 @@ impl Thread {
         self.call("read its counters", Job::Counters).await
     }
 
-    /// Leaves every interface; when this is answered nothing of the thread is in the namespace.
+    /// Leaves every interface; when this is answered nothing of the thread is in the namespace. Also a thread that has been late
+    /// is asked: nobody else does it once the shim has ended.
     pub(crate) async fn close(&self) -> Result<(), NetworkError> {
-        self.call("leave it", Job::Close).await
+        self.ask("leave it", Job::Close).await
     }
 
     /// Returns when something may have changed since the last look.

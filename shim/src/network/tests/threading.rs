@@ -98,8 +98,9 @@ async fn a_kernel_that_does_not_answer_holds_nobody_up_for_ever() {
     let message = thread.look().await.unwrap_err().to_string();
     assert!(message.contains("read it: not done within"), "{message}");
     let begin = std::time::Instant::now();
-    assert!(matches!(thread.close().await, Err(NetworkError::Deadline { .. })));
+    assert!(matches!(thread.counters().await, Err(NetworkError::Deadline { .. })));
     assert!(begin.elapsed() < short, "it is not asked again");
+    assert!(matches!(thread.close().await, Err(NetworkError::Deadline { .. })));
     // When it comes to itself it gives everything back.
     drop(release);
     drop(thread);
@@ -109,6 +110,24 @@ async fn a_kernel_that_does_not_answer_holds_nobody_up_for_ever() {
         }
     };
     tokio::time::timeout(DEADLINE, gone).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_thread_that_was_late_leaves_when_it_is_told_to() {
+    let (space, _outside) = space().await;
+    let before = space.counts().await;
+    // Long enough for what it does once it is released.
+    let (file, short) = (space.file.try_clone().unwrap(), Duration::from_secs(2));
+    let desk = |netlink| Desk::new(netlink, false);
+    let thread = Thread::with(file, short, unasked(), desk).await.unwrap();
+    let _joined = thread.look().await.unwrap();
+    assert_ne!(space.counts().await, before);
+    let (release, until) = std::sync::mpsc::channel();
+    thread.hang(until);
+    assert!(matches!(thread.look().await, Err(NetworkError::Deadline { .. })));
+    drop(release);
+    thread.close().await.unwrap();
+    assert_eq!(space.counts().await, before);
 }
 
 #[tokio::test]
