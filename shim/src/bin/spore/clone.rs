@@ -14,7 +14,7 @@ use crate::create::{Made, Maker};
 use crate::failure::Failure;
 use crate::progress::Work;
 use crate::remote::check_id;
-use crate::show;
+use crate::show::{self, nanoseconds};
 use crate::snapshot::create::{Wait, take};
 use crate::snapshot::discard;
 use plan::{Plan, Wishes};
@@ -170,10 +170,6 @@ async fn all(
         }
     }
     Err(failure)
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn as_json(origin: &Origin, made: &[Made], wall: Duration) -> Value {

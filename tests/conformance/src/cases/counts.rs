@@ -68,9 +68,8 @@ impl Control {
         let Some(runc) = self.subject.as_ref().filter(|_| number.is_multiple_of(BETWEEN)) else {
             return Ok(());
         };
-        let begin = Instant::now();
-        act(runc)?;
-        self.seconds.lock().unwrap_or_else(PoisonError::into_inner).push(begin.elapsed().as_secs_f64());
+        let spent = timed(|| act(runc))?;
+        self.seconds.lock().unwrap_or_else(PoisonError::into_inner).push(spent);
         Ok(())
     }
 
@@ -127,6 +126,34 @@ fn as_before(subject: &Subject, id: &str, before: &[(&'static str, Use)]) -> Res
     Ok(text)
 }
 
+/// The seconds that something takes.
+fn timed(act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let begin = Instant::now();
+    act().map(|()| begin.elapsed().as_secs_f64())
+}
+
+/// Does something so many times, by several at once, each with its number, counted down; the seconds that each tells.
+fn repeated(times: usize, clients: usize, act: impl Fn(usize) -> Result<f64> + Sync) -> Result<Vec<f64>> {
+    let (left, seconds) = (AtomicUsize::new(times), Mutex::new(Vec::new()));
+    let take = |left: usize| left.checked_sub(1);
+    let worker = || -> Result<()> {
+        while let Ok(number) = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            let spent = act(number).inspect_err(|_| left.store(0, Ordering::Relaxed))?;
+            let mut seconds = seconds.lock().unwrap_or_else(PoisonError::into_inner);
+            seconds.push(spent);
+            if seconds.len().is_multiple_of(25) {
+                eprintln!("  {} of {times}", seconds.len());
+            }
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..clients).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
+    })?;
+    Ok(seconds.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
 /// How much of the machine's CPU is used while nobody asks its containers for anything.
 fn at_rest(subject: &Subject) -> Result<String> {
     let (begin, busy) = (Instant::now(), processes::busy_seconds()?);
@@ -139,39 +166,19 @@ fn at_rest(subject: &Subject) -> Result<String> {
 fn cycles(subject: &Subject) -> Result<()> {
     subject.warm_up()?;
     let before = subject.inventory()?;
-    let left = AtomicUsize::new(count(subject, 4, 500));
-    let seconds = Mutex::new(Vec::new());
     let control = Control::of(subject);
     let cycle = |subject: &Subject| {
         let guest = Guest::start(subject, &[])?;
         guest.shell("true")?;
         guest.end()
     };
-    let one = |number: usize| -> Result<()> {
+    let seconds = repeated(count(subject, 4, 500), 2, |number| {
         control.now_and_then(number, cycle)?;
-        let begin = Instant::now();
-        cycle(subject)?;
-        let mut seconds = seconds.lock().unwrap_or_else(PoisonError::into_inner);
-        seconds.push(begin.elapsed().as_secs_f64());
-        if seconds.len().is_multiple_of(25) {
-            eprintln!("  {} cycles with {}", seconds.len(), subject.runtime.name());
-        }
-        Ok(())
-    };
-    let take = |left: usize| left.checked_sub(1);
-    let worker = || -> Result<()> {
-        while let Ok(number) = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
-            one(number).inspect_err(|_| left.store(0, Ordering::Relaxed))?;
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let workers = [scope.spawn(worker), scope.spawn(worker)];
-        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
+        timed(|| cycle(subject))
     })?;
     subject.nothing_beyond(&before)?;
     let what = "containers created, used and deleted, two at a time";
-    tell(subject, what, &seconds.into_inner().unwrap_or_else(PoisonError::into_inner), "")?;
+    tell(subject, what, &seconds, "")?;
     control.tell(what)
 }
 

@@ -81,12 +81,18 @@ fn running_delete(subject: &Subject) -> Result<()> {
     })
 }
 
-fn created(subject: &Subject) -> Result<()> {
+/// What a container writes whose task is created and no more, and the container.
+pub(super) fn prepared(subject: &Subject) -> Result<(Fifo, Guest)> {
     let (id, out) = (subject.id("created"), Fifo::new(subject)?);
     let runtime = subject.runtime.id();
     subject.must(&["containers", "create", "--runtime", runtime, BUSYBOX, &id, "echo", "it ran"])?;
     let guest = Guest::adopt(subject, &id);
     api::create(subject, &id, Streams { stdout: out.path(), stderr: out.path(), ..Default::default() })?;
+    Ok((out, guest))
+}
+
+fn created(subject: &Subject) -> Result<()> {
+    let (out, guest) = prepared(subject)?;
     equal("state", &guest.status()?, "CREATED")?;
     guest.must("kill", &["--signal", "KILL"], &[])?;
     guest.until("STOPPED")?;

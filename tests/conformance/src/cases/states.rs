@@ -7,12 +7,11 @@ use anyhow::{Result, bail, ensure};
 use serde_json::json;
 use spore_harness::api::{self, Answer, Streams};
 use spore_harness::bed::Subject;
-use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
 use super::process::{said, shell};
+use super::processes;
 use super::{Case, equal};
-use crate::fifo::Fifo;
 use crate::guest::{Guest, shared};
 
 pub(crate) const CASES: &[Case] = &[
@@ -58,17 +57,14 @@ fn prepared(subject: &Subject) -> Result<()> {
 }
 
 fn created(subject: &Subject) -> Result<()> {
-    let (id, out) = (subject.id("created"), Fifo::new(subject)?);
-    let runtime = subject.runtime.id();
-    subject.must(&["containers", "create", "--runtime", runtime, BUSYBOX, &id, "echo", "it ran"])?;
-    let guest = Guest::adopt(subject, &id);
-    api::create(subject, &id, Streams { stdout: out.path(), stderr: out.path(), ..Default::default() })?;
-    refused("Pause", api::pause(subject, &id)?, "pause")?;
-    refused("Resume", api::resume(subject, &id)?, "resume")?;
-    equal("a further process", &said(subject, &id, &shell("pwd; echo inside"))?, "/\ninside\n")?;
-    equal("its state", &api::state(subject, &id, "")??, "CREATED")?;
+    let (out, guest) = processes::prepared(subject)?;
+    let id = guest.id.as_str();
+    refused("Pause", api::pause(subject, id)?, "pause")?;
+    refused("Resume", api::resume(subject, id)?, "resume")?;
+    equal("a further process", &said(subject, id, &shell("pwd; echo inside"))?, "/\ninside\n")?;
+    equal("its state", &api::state(subject, id, "")??, "CREATED")?;
     equal("its output", &out.text(), "")?;
-    api::start(subject, &id, "")??;
+    api::start(subject, id, "")??;
     guest.until("STOPPED")?;
     wait::until("its output comes", DEADLINE, || (out.text() == "it ran\n").then_some(()))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::operation::Operation;
+use crate::show::nanoseconds;
 
 /// Of the times of the runs that succeeded, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -110,10 +111,6 @@ impl Tally {
             first_failure: self.failure,
         }
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// As people read it.

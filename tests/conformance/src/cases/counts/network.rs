@@ -1,16 +1,13 @@
 //! Containers with an interface, many and again.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-use std::time::Instant;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use serde_json::{Value, json};
 use spore_harness::bed::Subject;
 use spore_harness::network::cni::Network;
 
-use super::{at_rest, count, tell};
+use super::{at_rest, count, repeated, tell, timed};
 use crate::cases::Case;
 use crate::guest::Guest;
 use crate::lan::{Lan, Place, in_lan};
@@ -23,24 +20,6 @@ pub(crate) const CASES: &[Case] = &[
 const NUMBER: u8 = 40;
 /// Clients at a time.
 const CLIENTS: usize = 4;
-
-/// Does something so many times, by several at once; the seconds of each.
-fn repeated(times: usize, clients: usize, act: impl Fn() -> Result<()> + Sync) -> Result<Vec<f64>> {
-    let (left, seconds) = (AtomicUsize::new(times), Mutex::new(Vec::new()));
-    let worker = || -> Result<()> {
-        while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
-            let begin = Instant::now();
-            act().inspect_err(|_| left.store(0, Ordering::Relaxed))?;
-            seconds.lock().unwrap_or_else(PoisonError::into_inner).push(begin.elapsed().as_secs_f64());
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..clients).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
-    })?;
-    Ok(seconds.into_inner().unwrap_or_else(PoisonError::into_inner))
-}
 
 /// A container that has reached the bridge, with its place and what CNI told.
 fn connected(lan: &Lan, network: &Network) -> Result<(Arc<Place>, Value, Guest)> {
@@ -80,7 +59,7 @@ fn cycles(subject: &Subject) -> Result<()> {
         // The first makes the bridge.
         one()?;
         let before = subject.inventory()?;
-        let seconds = repeated(count(subject, 4, 200), 2, one)?;
+        let seconds = repeated(count(subject, 4, 200), 2, |_| timed(one))?;
         subject.nothing_beyond(&before)?;
         tell(subject, "containers with an interface created, used and deleted, two at a time", &seconds, "")
     })
@@ -98,7 +77,7 @@ fn at_once(subject: &Subject) -> Result<()> {
             alive.lock().unwrap_or_else(PoisonError::into_inner).push(one);
             Ok(())
         };
-        let seconds = repeated(count(subject, 4, 50), CLIENTS, start)?;
+        let seconds = repeated(count(subject, 4, 50), CLIENTS, |_| timed(start))?;
         let alive = alive.into_inner().unwrap_or_else(PoisonError::into_inner);
         for (_, _, guest) in &alive {
             // While all the others are there too.
