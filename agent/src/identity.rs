@@ -2,10 +2,11 @@
 //!
 //! * A guest that is restored from a template shares its kernel's boot id with all others of that template, so containers
 //!   see another file in its place.
-//! * The generation changes whenever the guest has been restored. The file stays the same one: who watches it
+//! * The generation changes whenever the guest has been restored ([`generation`]). The file stays the same one: who watches it
 //!   (inotify(7)) is told.
 //! * A clone's container gets more of its own while it is paused: [`name`], [`machine_id`], [`sockets`].
 
+pub(crate) mod generation;
 mod machine_id;
 mod name;
 mod sockets;
@@ -25,19 +26,20 @@ use crate::error::{AgentError, Result};
 pub(crate) const BOOT_ID: &str = "/run/spore/boot-id";
 /// random(4).
 pub(crate) const KERNELS: &str = "/proc/sys/kernel/random/boot_id";
-/// Mounted at [`SHOWN`] in every container whose `/dev` is a file system of its own.
-pub(crate) const GENERATION: &str = "/run/spore/generation";
 const SHOWN: &str = "/dev/spore/generation";
+const SHOWN_SOCKET: &str = "/dev/spore/generation.sock";
 
-/// Makes a new boot id or generation from the kernel's random numbers: called when these have been reseeded.
+/// Makes a new boot id or generation, a line, from the kernel's random numbers: called when these have been reseeded.
 /// The file stays the same one, so that it changes in containers that run; it is written at once, so that nobody
 /// finds half of it.
-pub(crate) fn renew(at: &Path) -> io::Result<()> {
+pub(crate) fn renew(at: &Path) -> io::Result<String> {
     if let Some(dir) = at.parent() {
         std::fs::create_dir_all(dir)?;
     }
     let file = File::options().write(true).create(true).truncate(false).open(at)?;
-    file.write_all_at((uuid(random()?) + "\n").as_bytes(), 0)
+    let line = uuid(random()?) + "\n";
+    file.write_all_at(line.as_bytes(), 0)?;
+    Ok(line)
 }
 
 fn random() -> io::Result<[u8; 16]> {
@@ -59,7 +61,8 @@ pub(crate) fn shown(mounts: &[Mount]) -> Result<Vec<Mount>> {
     }
     // Elsewhere its mount point would be a change of the container's root.
     if has("/dev", "tmpfs") {
-        shown.push(read_only(GENERATION, SHOWN)?);
+        shown.push(read_only(generation::FILE, SHOWN)?);
+        shown.push(read_only(generation::SOCKET, SHOWN_SOCKET)?);
     }
     Ok(shown)
 }
@@ -113,10 +116,11 @@ mod tests {
         let path = dir.path().join("made/boot-id");
         renew(&path).unwrap();
         let first = std::fs::read_to_string(&path).unwrap();
-        renew(&path).unwrap();
+        let renewed = renew(&path).unwrap();
         let second = std::fs::read_to_string(&path).unwrap();
         assert_eq!((first.len(), first.ends_with('\n')), (37, true));
         assert_ne!(first, second);
+        assert_eq!(renewed, second);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::boot::{modules, mounts};
 use crate::container::registry::Registry;
+use crate::identity::generation::Generation;
 use crate::netlink::AcpiEvents;
 use crate::network::namespace;
 use crate::reaper::Reaper;
@@ -73,7 +74,9 @@ async fn serve(started_ns: u64) -> io::Result<()> {
     };
     let (rpc, streams) = (bind(RPC_PORT)?, bind(STDIO_PORT)?);
     let clock = Arc::new(Clock { started_ns, ready_ns: AtomicU64::new(0) });
-    let service = service::serve(rpc, Arc::clone(&registry), Arc::clone(&clock)).await?;
+    let generation = Arc::new(Generation::default());
+    tokio::spawn(Arc::clone(&generation).serve());
+    let service = service::serve(rpc, Arc::clone(&registry), Arc::clone(&clock), generation).await?;
     let stdio = tokio::spawn(stdio::listener::serve(streams, Arc::clone(&registry)));
     let buttons = AcpiEvents::open().inspect_err(|error| say!("power button: {error}")).ok();
     let mut terminate = signal(SignalKind::terminate())?;

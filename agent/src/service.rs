@@ -28,6 +28,7 @@ use crate::container::registry::{CreateContainer, ExecProcess, Registry};
 use crate::error::AgentError;
 use crate::files::service::Files;
 use crate::identity;
+use crate::identity::generation::Generation;
 use crate::network::service::Network;
 use crate::say;
 use crate::stdio::make::Wanted;
@@ -65,9 +66,11 @@ pub async fn serve(
     listener: VsockListener,
     registry: Arc<Registry>,
     clock: Arc<Clock>,
+    generation: Arc<Generation>,
 ) -> io::Result<Service> {
     let ended = Arc::new(Notify::new());
-    let sandbox = Arc::new(Sandbox { registry: Arc::clone(&registry), clock, ended: Arc::clone(&ended) });
+    let (own, end) = (Arc::clone(&registry), Arc::clone(&ended));
+    let sandbox = Arc::new(Sandbox { registry: own, clock, generation, ended: end });
     let connections = futures::stream::unfold(listener, |listener| async move {
         let accepted = listener.accept().await.and_then(VsockStream::new);
         Some((accepted, listener))
@@ -246,6 +249,22 @@ impl container_ttrpc::Container for Containers {
         Ok(pb::ResumeResponse::default())
     }
 
+    async fn rest(&self, _: &TtrpcContext, request: pb::RestRequest) -> ttrpc::Result<pb::RestResponse> {
+        let container = self.find(&request.id)?;
+        if !container.is_paused() {
+            let message = format!("container {}: it has to be paused before it comes to rest", request.id);
+            return Err(status(AgentError::FailedPrecondition(message)));
+        }
+        let parting = self.registry.streams.part(&request.id);
+        if request.wait {
+            parting.done().await;
+            // A machine that is never woken leaves a disk that has everything.
+            let written = tokio::task::spawn_blocking(nix::unistd::sync).await;
+            written.map_err(|error| internal("write disks back", error))?;
+        }
+        Ok(pb::RestResponse::default())
+    }
+
     async fn stats(&self, _: &TtrpcContext, request: pb::StatsRequest) -> ttrpc::Result<pb::StatsResponse> {
         let files = self.find(&request.id)?.stats();
         Ok(pb::StatsResponse { files, ..Default::default() })
@@ -278,6 +297,7 @@ impl container_ttrpc::Container for Containers {
 struct Sandbox {
     registry: Arc<Registry>,
     clock: Arc<Clock>,
+    generation: Arc<Generation>,
     ended: Arc<Notify>,
 }
 
@@ -310,9 +330,8 @@ impl sandbox_ttrpc::Sandbox for Sandbox {
                 .and_then(|random| crate::sys::add_entropy(random.as_fd(), &request.entropy))
                 .map_err(|error| internal("add entropy", error))?;
         }
-        for path in [identity::BOOT_ID, identity::GENERATION] {
-            identity::renew(Path::new(path)).map_err(|error| internal(&format!("renew {path}"), error))?;
-        }
+        let renewed = identity::renew(Path::new(identity::BOOT_ID)).and_then(|_| self.generation.renew());
+        renewed.map_err(|error| internal("renew boot id and generation", error))?;
         Ok(sb::SetupResponse::default())
     }
 

@@ -159,6 +159,72 @@ async fn a_broken_reader_can_be_replaced_without_losing_what_was_not_sent() {
 }
 
 #[tokio::test]
+async fn output_that_parts_from_its_connection_goes_on_with_the_next() {
+    let streams = Arc::new(Streams::default());
+    let [_stdin, mut stdout, _stderr] = process(&streams, ALL);
+    let (mut shim, _) = connect(&streams, hello(Kind::Stdout)).await;
+    let sent = pattern(8 << 20);
+    let written = sent.clone();
+    let writing = thread::spawn(move || stdout.write_all(&written).unwrap());
+    // In the midst of it.
+    let (shim, mut received) = blocking(move || {
+        let mut some = vec![0; 1 << 20];
+        shim.read_exact(&mut some).unwrap();
+        (shim, some)
+    })
+    .await;
+    let parted = streams.part("web").done();
+    received.extend(blocking(read_all(shim)).await);
+    assert!(received.len() < sent.len());
+    tokio::time::timeout(DEADLINE, parted).await.unwrap();
+    let (shim, answer) = connect(&streams, hello(Kind::Stdout)).await;
+    assert_eq!(answer, ATTACHED);
+    received.extend(blocking(read_all(shim)).await);
+    writing.join().unwrap();
+    assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+}
+
+#[tokio::test]
+async fn input_under_way_is_kept_for_the_process_when_its_connection_is_parted_from() {
+    let streams = Arc::new(Streams::default());
+    let [mut stdin, ..] = process(&streams, ALL);
+    let (mut shim, _) = connect(&streams, hello(Kind::Stdin)).await;
+    // More than the process's pipe holds.
+    let sent = pattern(600 << 10);
+    let written = sent.clone();
+    let shim = blocking(move || {
+        shim.set_nonblocking(true).unwrap();
+        let (mut from, deadline) = (0, std::time::Instant::now() + DEADLINE);
+        while from < written.len() && std::time::Instant::now() < deadline {
+            match shim.write(&written[from..]) {
+                Ok(count) => from += count,
+                // Nobody reads the pipe: what fits is all that fits.
+                Err(_) if from > 300 << 10 => break,
+                Err(_) => thread::yield_now(),
+            }
+        }
+        (shim, from)
+    });
+    let (shim, taken) = shim.await;
+    let parting = streams.part("web");
+    assert_eq!(connect(&streams, hello(Kind::Stdin)).await.1, REFUSED_ALREADY_ATTACHED);
+    shim.shutdown(std::net::Shutdown::Write).unwrap();
+    tokio::time::timeout(DEADLINE, parting.done()).await.unwrap();
+    let (mut shim, answer) = connect(&streams, hello(Kind::Stdin)).await;
+    assert_eq!(answer, ATTACHED);
+    let rest = sent[taken..].to_vec();
+    let writing = thread::spawn(move || shim.write_all(&rest).unwrap());
+    let received = blocking(move || {
+        let mut received = Vec::new();
+        stdin.read_to_end(&mut received).unwrap();
+        received
+    })
+    .await;
+    writing.join().unwrap();
+    assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+}
+
+#[tokio::test]
 async fn refusals_have_their_codes() {
     let streams = Arc::new(Streams::default());
     assert_eq!(connect(&streams, hello(Kind::Stdout)).await.1, REFUSED_NO_SUCH_PROCESS);

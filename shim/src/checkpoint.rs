@@ -102,6 +102,23 @@ pub(crate) fn prune(store: &Store, most: Option<usize>) -> Result<(), StoreError
     store.prune(&aged, 0, SystemTime::now()).map(drop)
 }
 
+/// Removes what a task has hibernated in, but for one.
+pub(crate) fn forget_hibernations(
+    store: &Store,
+    (namespace, container): (&str, &str),
+    but: Option<SnapshotId>,
+) -> Result<(), StoreError> {
+    let own = store.list()?.entries.into_iter().map(|entry| entry.manifest).filter(|manifest| {
+        manifest.purpose == Purpose::Hibernation
+            && (manifest.namespace.as_str(), manifest.container.as_str()) == (namespace, container)
+            && Some(manifest.id) != but
+    });
+    for manifest in own {
+        store.remove(manifest.id)?;
+    }
+    Ok(())
+}
+
 /// Where a checkpoint shall go: the directories that a client names, of which none has one yet.
 pub(crate) fn directories(path: String, image_path: Option<PathBuf>) -> Result<Vec<PathBuf>, Error> {
     if path.is_empty() {
@@ -153,12 +170,12 @@ impl Restored {
         Self::new(&opened)
     }
 
-    /// A snapshot of the store's of this very container.
+    /// A snapshot of the store's of this very container, by its namespace and id.
     pub(crate) fn own(
         store: &Store,
         id: SnapshotId,
-        namespace: &str,
-        container: &str,
+        (namespace, container): (&str, &str),
+        purposes: &[Purpose],
     ) -> Result<Self, Error> {
         let opened = store.open(id)?;
         let manifest = &opened.manifest;
@@ -168,7 +185,7 @@ impl Restored {
                 manifest.container, manifest.namespace
             )));
         }
-        if !matches!(manifest.purpose, Purpose::Snapshot | Purpose::Checkpoint) {
+        if !purposes.contains(&manifest.purpose) {
             return Err(Error::State(format!(
                 "snapshot {id} is a {}, to which nothing goes back",
                 manifest.purpose.name()

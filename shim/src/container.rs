@@ -9,6 +9,7 @@ mod checkpoint;
 mod end;
 mod exec;
 mod files;
+mod hibernate;
 mod limits;
 mod live;
 mod merge;
@@ -33,6 +34,7 @@ use ttrpc::Code;
 pub(crate) use self::checkpoint::HeldDisks;
 use self::end::{Ending, KILLED_STATUS, LAST_OUTPUT};
 pub(crate) use self::exec::Exec;
+pub(crate) use self::hibernate::Hibernated;
 use self::limits::Checked;
 pub(crate) use self::live::Live;
 use self::merge::Merging;
@@ -123,6 +125,8 @@ pub(crate) struct Container {
     identity: Option<Identity>,
     /// It ends with the checkpoint that has just been taken.
     leaving: AtomicBool,
+    /// Its machine was put away, or was about to be.
+    hibernated: AtomicBool,
     disks: tokio::sync::Mutex<HeldDisks>,
     merging: Merging,
     /// Which execs the snapshots have that were taken of this task.
@@ -160,6 +164,7 @@ impl Container {
             restored: parts.restored,
             identity: parts.identity,
             leaving: AtomicBool::new(false),
+            hibernated: AtomicBool::new(false),
             terminal: parts.terminal,
             disks: tokio::sync::Mutex::new(parts.disks),
             merging: Merging::default(),
@@ -261,7 +266,7 @@ impl Container {
     /// The guest's processes, the container's init first, if it tells them in time.
     pub(crate) async fn processes(&self) -> Result<Vec<GuestProcess>, Error> {
         let live = self.live();
-        if self.exited().is_some() || live.vm.has_ended() {
+        if self.exited().is_some() || live.is_lost() || live.asleep.is_some() {
             return Ok(Vec::new());
         }
         let asked = async {
@@ -291,6 +296,7 @@ impl Container {
                 self.events.send(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
             (Phase::Paused, false) => {
+                live.awake("resuming the container")?;
                 self.take_changes_back().await?;
                 live.ask("resuming the container", live.guest.resume(&self.guest_id)).await?;
                 self.enter(Phase::Running);

@@ -69,7 +69,9 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
         eprintln!("delete {}: {problem}", flags.id);
     }
     // Last: the sandbox is gone, whatever comes of this.
-    if let Err(error) = checkpoint::prune(&Store::new(&config.state_dir), Some(PRUNED)) {
+    let store = Store::new(&config.state_dir);
+    let forgotten = checkpoint::forget_hibernations(&store, (&flags.namespace, &flags.id), None);
+    if let Err(error) = forgotten.and_then(|()| checkpoint::prune(&store, Some(PRUNED))) {
         eprintln!("delete {}: {error}", flags.id);
     }
     let response = DeleteResponse {

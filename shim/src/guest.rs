@@ -29,6 +29,8 @@ use crate::vm::Vm;
 
 /// Most calls are answered in microseconds; a guest that takes longer is in trouble.
 const CALL: Duration = Duration::from_secs(30);
+/// How long a guest may take to write back what it has of its disk in memory.
+const WRITTEN_BACK: Duration = Duration::from_secs(120);
 /// Creating formats nothing but mounts, looks up and forks; a small guest under load is slow.
 const CREATE: Duration = Duration::from_secs(120);
 /// Facts for the timeline, which wait for nothing in the guest.
@@ -341,6 +343,14 @@ impl Guest {
         let request = container::ResumeRequest { id: id.into(), ..Default::default() };
         let answer = self.container.resume(with_duration(CALL), &request).await;
         answer.map(drop).map_err(|error| failed("resume", error))
+    }
+
+    /// Has the streams of a paused container part from their connections, and, with `wait`, waits until they have and its disk is written back.
+    pub(crate) async fn rest(&self, id: &str, wait: bool) -> Result<(), GuestError> {
+        let request = container::RestRequest { id: id.into(), wait, ..Default::default() };
+        let deadline = if wait { WRITTEN_BACK } else { CALL };
+        let answer = self.container.rest(with_duration(deadline), &request).await;
+        answer.map(drop).map_err(|error| failed("rest", error))
     }
 
     /// The container's cgroup files and what they say.

@@ -12,9 +12,14 @@
 //! A rollback puts another machine behind the same clients: each stream then has a further guest's end
 //! ([`Streams::go_on_with`]), which it comes to when it has read the one before to its end. A stream that has ended for its
 //! client stays ended; what another machine sends on it is thrown away.
+//!
+//! Streams of a task whose machine is put away rest meanwhile ([`Streams::rest`]): nothing is under way to the guest or from it, and
+//! what a client has not taken is kept here.
 
 mod guest_ends;
+mod input;
 pub(crate) mod logger;
+mod output;
 mod sink;
 
 use std::io;
@@ -24,16 +29,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use slog::{Logger as Log, debug, warn};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use slog::Logger as Log;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::unix::pipe::{OpenOptions, Receiver, Sender};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 pub(crate) use self::guest_ends::GuestEnds;
 use self::guest_ends::GuestOutput;
+use self::input::copy_input;
 use self::logger::Logger;
+use self::output::{Counts, Shared, copy_outputs};
 use self::sink::Sink;
 use crate::guest::{Guest, GuestError, GuestStdio};
 
@@ -163,9 +169,16 @@ enum Input {
     /// The copy, what it goes on with, and the writing end that keeps the fifo from ending before CloseIO.
     Open {
         copy: JoinHandle<()>,
-        next: mpsc::UnboundedSender<OwnedWriteHalf>,
+        next: mpsc::UnboundedSender<Turn>,
         keeper: Option<Sender>,
     },
+}
+
+/// What a copy of input goes on with.
+enum Turn {
+    Machine(OwnedWriteHalf),
+    /// With nothing, until a machine follows; told when the guest has been told.
+    Rest(oneshot::Sender<()>),
 }
 
 /// A copy to a client.
@@ -181,8 +194,10 @@ pub(crate) struct Streams {
     /// Whether a client has one.
     has_input: bool,
     outputs: Mutex<Vec<Output>>,
-    /// Guest's ends of outputs that have not been copied to their end.
-    running: watch::Sender<usize>,
+    /// Guest's ends of outputs.
+    counts: watch::Sender<Counts>,
+    /// While there is no machine.
+    resting: watch::Sender<bool>,
     /// Grows with every byte that goes somewhere.
     progress: Arc<AtomicU64>,
     log: Log,
@@ -195,7 +210,8 @@ impl Streams {
             input: Mutex::new(Input::None),
             has_input: false,
             outputs: Mutex::default(),
-            running: watch::Sender::new(0),
+            counts: watch::Sender::default(),
+            resting: watch::Sender::new(false),
             progress: Arc::default(),
             log: log.clone(),
             logger: Mutex::default(),
@@ -254,26 +270,62 @@ impl Streams {
                 self.start_output(None, output);
                 continue;
             };
-            self.running.send_modify(|count| *count += 1);
+            self.counts.send_modify(|counts| counts.running += 1);
             if next.send(output).is_err() {
-                self.running.send_modify(|count| *count -= 1);
+                self.counts.send_modify(|counts| counts.running -= 1);
             }
         }
         if let Some(stdin) = ends.stdin {
             match &mut *self.input() {
                 Input::None => {}
                 Input::Waiting { guest, .. } => *guest = stdin,
-                Input::Open { next, .. } => drop(next.send(stdin)),
+                Input::Open { next, .. } => drop(next.send(Turn::Machine(stdin))),
             }
         }
+        self.resting.send_replace(false);
+    }
+
+    /// From now on a machine's end of a stream is not the stream's: another follows ([`Self::go_on_with`]), or [`Self::give_up`]. To be
+    /// called before the guest is told to end its directions.
+    pub(crate) fn rest(&self) {
+        self.resting.send_replace(true);
+    }
+
+    /// After the guest has been told: ends the direction to it. Waits for no client.
+    pub(crate) async fn end_input(&self) {
+        let told = match &*self.input() {
+            Input::Open { next, .. } => {
+                let (done, told) = oneshot::channel();
+                next.send(Turn::Rest(done)).ok().map(|()| told)
+            }
+            _ => None,
+        };
+        if let Some(told) = told {
+            // A copy that is gone has ended its direction too.
+            let _ = told.await;
+        }
+    }
+
+    /// Returns when the guest has ended its directions too: what it has sent is with clients, or kept.
+    pub(crate) async fn at_rest(&self) {
+        let _ = self.counts.subscribe().wait_for(|counts| counts.resting >= counts.running).await;
+    }
+
+    /// No machine follows on the one in which these came to rest, if they did: what that sent is the end.
+    pub(crate) fn give_up(&self) {
+        self.resting.send_replace(false);
     }
 
     fn start_output(&self, sink: Option<Sink>, first: GuestOutput) {
         let name = first.name;
         let (next, ends) = mpsc::unbounded_channel();
-        let (running, progress, log) = (self.running.clone(), Arc::clone(&self.progress), self.log.clone());
-        running.send_modify(|count| *count += 1);
-        let copy = tokio::spawn(copy_outputs(first, ends, sink, (running, progress), log));
+        self.counts.send_modify(|counts| counts.running += 1);
+        let shared = Shared {
+            counts: self.counts.clone(),
+            resting: self.resting.subscribe(),
+            progress: Arc::clone(&self.progress),
+        };
+        let copy = tokio::spawn(copy_outputs(first, ends, sink, shared, self.log.clone()));
         self.outputs.lock().unwrap_or_else(PoisonError::into_inner).push(Output { name, copy, next });
     }
 
@@ -318,10 +370,10 @@ impl Streams {
     }
 
     async fn settled(&self, stall: Duration) -> bool {
-        let mut running = self.running.subscribe();
+        let mut counts = self.counts.subscribe();
         loop {
             let before = self.progress.load(Ordering::Relaxed);
-            let ended = tokio::time::timeout(stall, running.wait_for(|count| *count == 0)).await.is_ok();
+            let ended = tokio::time::timeout(stall, counts.wait_for(Counts::none_runs)).await.is_ok();
             if ended || self.progress.load(Ordering::Relaxed) == before {
                 return ended;
             }
@@ -330,8 +382,8 @@ impl Streams {
 
     /// Like [`Streams::settle`], but `deadline` is the whole time; then the fifos are closed.
     pub(crate) async fn drain(&self, deadline: Duration) -> bool {
-        let mut running = self.running.subscribe();
-        let whole = tokio::time::timeout(deadline, running.wait_for(|count| *count == 0)).await.is_ok();
+        let mut counts = self.counts.subscribe();
+        let whole = tokio::time::timeout(deadline, counts.wait_for(Counts::none_runs)).await.is_ok();
         self.close();
         let logger = self.logger.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(logger) = logger {
@@ -353,119 +405,6 @@ impl Streams {
 impl Drop for Streams {
     fn drop(&mut self) {
         self.close();
-    }
-}
-
-/// Bytes of the client's that the guest has still to take.
-struct Pending {
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-/// Copies to one machine after the other, of the input as it comes.
-async fn copy_input(
-    fifo: Receiver,
-    mut guest: OwnedWriteHalf,
-    mut next: mpsc::UnboundedReceiver<OwnedWriteHalf>,
-    log: Log,
-) {
-    let mut fifo = Some(fifo);
-    let mut pending = Pending { buffer: vec![0; CHUNK], start: 0, end: 0 };
-    loop {
-        let ended = tokio::select! {
-            biased;
-            other = next.recv() => match other {
-                Some(other) => {
-                    guest = other;
-                    continue;
-                }
-                None => return,
-            },
-            ended = feed(fifo.as_mut(), &mut guest, &mut pending) => ended,
-        };
-        // A process that does not read its input to the end is no fault.
-        debug!(log, "stdin ended"; "result" => ?ended);
-        // So a client that goes on learns it.
-        fifo = None;
-        (pending.start, pending.end) = (0, 0);
-        match next.recv().await {
-            Some(other) => guest = other,
-            None => return,
-        }
-    }
-}
-
-/// To the input's end. May be dropped at any time: `pending` has what was not taken then.
-async fn feed(
-    mut fifo: Option<&mut Receiver>,
-    guest: &mut OwnedWriteHalf,
-    pending: &mut Pending,
-) -> io::Result<()> {
-    loop {
-        while pending.start < pending.end {
-            pending.start += guest.write(&pending.buffer[pending.start..pending.end]).await?;
-        }
-        let length = match &mut fifo {
-            Some(fifo) => fifo.read(&mut pending.buffer).await?,
-            None => 0,
-        };
-        (pending.start, pending.end) = (0, length);
-        if length == 0 {
-            return guest.shutdown().await;
-        }
-    }
-}
-
-/// Copies one machine's output after the other's. Ends when nothing can follow.
-async fn copy_outputs(
-    first: GuestOutput,
-    mut next: mpsc::UnboundedReceiver<GuestOutput>,
-    mut sink: Option<Sink>,
-    (running, progress): (watch::Sender<usize>, Arc<AtomicU64>),
-    log: Log,
-) {
-    let mut current = Some(first);
-    while let Some(output) = current {
-        let (name, mut total) = (output.name, 0);
-        if let Err(error) = copy_output(output, sink.as_mut(), &mut total, &progress).await {
-            warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
-        }
-        current = next.try_recv().ok();
-        let last = current.is_none();
-        if last {
-            let finished = match sink.take() {
-                Some(sink) => sink.finish(&progress).await,
-                None => Ok(()),
-            };
-            debug!(log, "stream ended"; "stream" => name, "bytes" => total, "finished" => ?finished);
-        }
-        running.send_modify(|count| *count -= 1);
-        if last {
-            current = next.recv().await;
-        }
-    }
-}
-
-async fn copy_output(
-    mut output: GuestOutput,
-    mut sink: Option<&mut Sink>,
-    total: &mut u64,
-    progress: &AtomicU64,
-) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        let length = output.from.read(&mut buffer).await?;
-        if length == 0 {
-            return Ok(());
-        }
-        *total += length as u64;
-        let mut rest = &buffer[..length];
-        while let Some(sink) = sink.as_mut().filter(|_| !rest.is_empty()) {
-            let written = sink.write(rest).await?;
-            progress.fetch_add(written as u64, Ordering::Relaxed);
-            rest = &rest[written..];
-        }
     }
 }
 

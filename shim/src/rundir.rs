@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::network;
 use crate::process::ProcessId;
 use crate::rootfs;
+use crate::snapshot::SnapshotId;
 
 const RECORD: &str = "processes.json";
 /// What a shim may take for its own end. containerd gives all of this 5 s.
@@ -48,6 +49,9 @@ pub(crate) struct Record {
     pub(crate) vcpus: Option<u8>,
     #[serde(default)]
     pub(crate) memory_mib: Option<u64>,
+    /// The snapshot that its container hibernates in.
+    #[serde(default)]
+    pub(crate) hibernates_in: Option<SnapshotId>,
 }
 
 /// What others may know of a sandbox that runs.
@@ -57,6 +61,8 @@ pub struct Running {
     pub address: Option<String>,
     pub vcpus: Option<u8>,
     pub memory_mib: Option<u64>,
+    /// The snapshot that its container hibernates in.
+    pub hibernates_in: Option<SnapshotId>,
 }
 
 /// What the records of a sandbox tell; nothing when there are none.
@@ -66,7 +72,8 @@ pub fn running(run_dir: &Path, namespace: &str, id: &str) -> Running {
     // A shim works in its bundle, where its address stands for containerd.
     let address = std::fs::read_to_string(format!("/proc/{}/cwd/address", shim.pid)).ok();
     let address = address.map(|address| address.trim().to_owned());
-    Running { address, vcpus: record.vcpus, memory_mib: record.memory_mib }
+    let Record { vcpus, memory_mib, hibernates_in, .. } = record;
+    Running { address, vcpus, memory_mib, hibernates_in }
 }
 
 /// The directory, opened: its files are reached through the descriptor, because a socket's

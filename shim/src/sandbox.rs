@@ -5,6 +5,7 @@
 //! not leave half a sandbox; `Shutdown` abandons it.
 
 mod end;
+mod hibernate;
 mod machine;
 mod rollback;
 
@@ -291,7 +292,7 @@ impl Sandbox {
             disks,
             bundle: bundle.path.display().to_string(),
             stdio,
-            live: Live { vm: Arc::clone(&vm), guest },
+            live: Live::new(Arc::clone(&vm), guest),
             basis: Basis { hostname: bundle.hostname.clone(), volumes: bundle.volumes.clone() },
             network,
             streams,

@@ -9,7 +9,10 @@ use async_trait::async_trait;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::api::v1::snapshots::create_request::Wait;
-use crate::api::v1::snapshots::{CreateRequest, CreateResponse, RollbackRequest, RollbackResponse};
+use crate::api::v1::snapshots::{
+    CreateRequest, CreateResponse, HibernateRequest, HibernateResponse, ResumeRequest, ResumeResponse,
+    RollbackRequest, RollbackResponse,
+};
 use crate::api::v1::snapshots_ttrpc::{self, create_snapshots};
 use crate::error::Error;
 use crate::sandbox::Sandbox;
@@ -26,6 +29,10 @@ struct Snapshots {
     sandbox: Arc<Sandbox>,
 }
 
+fn ns(spent: Duration) -> u64 {
+    u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[async_trait]
 impl snapshots_ttrpc::Snapshots for Snapshots {
     async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> ttrpc::Result<CreateResponse> {
@@ -39,7 +46,7 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
             to_the_end("snapshot", async move { container.snapshot(store, purpose).await }).await?;
         let answer = CreateResponse {
             snapshot: underway.id.to_string(),
-            stood_ns: u64::try_from(underway.stood.as_nanos()).unwrap_or(u64::MAX),
+            stood_ns: ns(underway.stood),
             pause_ns: underway.times.pause_ns,
             quiesce_ns: underway.times.quiesce_ns,
             save_ns: underway.times.save_ns,
@@ -59,7 +66,6 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
         })?;
         let sandbox = Arc::clone(&self.sandbox);
         let times = to_the_end("rollback", async move { sandbox.rollback(&request.id, to).await }).await?;
-        let ns = |spent: Duration| u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
         Ok(RollbackResponse {
             total_ns: ns(times.total),
             gap_ns: ns(times.gap),
@@ -69,6 +75,38 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
             streams_ns: ns(times.streams),
             disk_ns: ns(times.disk),
             thaw_ns: ns(times.thaw),
+            ..Default::default()
+        })
+    }
+
+    async fn hibernate(
+        &self,
+        _: &TtrpcContext,
+        request: HibernateRequest,
+    ) -> ttrpc::Result<HibernateResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let done = to_the_end("hibernate", async move { sandbox.hibernate(&request.id).await }).await?;
+        Ok(HibernateResponse {
+            snapshot: done.snapshot.to_string(),
+            total_ns: ns(done.total),
+            rest_ns: ns(done.rest),
+            save_ns: ns(done.save),
+            write_ns: ns(done.write),
+            ..Default::default()
+        })
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<ResumeResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let woken = to_the_end("resume", async move { sandbox.resume(&request.id).await }).await?;
+        let times = woken.unwrap_or_default();
+        Ok(ResumeResponse {
+            total_ns: ns(times.total),
+            restore_ns: ns(times.restore),
+            agent_ns: ns(times.agent),
+            network_ns: ns(times.network),
+            streams_ns: ns(times.streams),
+            disk_ns: ns(times.disk),
             ..Default::default()
         })
     }

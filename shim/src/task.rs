@@ -239,8 +239,8 @@ impl Task for TaskService {
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        let container = self.find(&request.id)?;
-        to_the_end("resume", async move { container.freeze(false).await }).await?;
+        let sandbox = Arc::clone(&self.sandbox);
+        to_the_end("resume", async move { sandbox.resume(&request.id).await }).await?;
         Ok(Empty::new())
     }
 

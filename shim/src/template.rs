@@ -16,7 +16,7 @@ use slog::{Logger, info, warn};
 use crate::config::{Config, Machine};
 use crate::rootfs::{KeyLock, Temporary, hex, sweep_temporary};
 use crate::snapshot::SnapshotId;
-use crate::vm::{Destination, HostFiles, Saved, Vm};
+use crate::vm::{Destination, HostFiles, Saved, Then, Vm};
 
 /// Below the state directory.
 pub(crate) const DIR: &str = "templates";
@@ -142,7 +142,7 @@ impl Seed {
             named.sync_all()?;
             let (state, memory) = (file(STATE)?, file(MEMORY)?);
             let to = Destination { state: &state, memory: &memory, layer: &layer, disks: &[] };
-            let saved = vm.save(&to).await.map_err(io::Error::other)?;
+            let saved = vm.save(&to, Then::GoOn).await.map_err(io::Error::other)?;
             Ok::<_, io::Error>((temporary, saved))
         };
         match planted.await {

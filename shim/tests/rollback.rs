@@ -5,175 +5,22 @@
 
 mod support;
 
-use std::fs::OpenOptions;
 use std::io::BufRead;
 use std::path::PathBuf;
-use std::time::Instant;
 
-use containerd_shim_protos::api::{CreateTaskRequest, PauseRequest, ResumeRequest, ShutdownRequest, Status};
-use containerd_shim_protos::shim_async::TaskClient;
-use containerd_shim_spore::api::v1::snapshots::{CreateRequest, RollbackRequest, RollbackResponse};
-use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
+use containerd_shim_protos::api::{PauseRequest, ResumeRequest, Status};
 use containerd_shim_spore::snapshot::Store;
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use ttrpc::Code;
-use ttrpc::r#async::Client;
 
-use support::host::{
-    DEADLINE, Host, code, ctx, delete_request, is_zombie, kill_request, send_signal, start_request,
-    state_request, wait_request,
-};
+use support::host::{DEADLINE, code, ctx, is_zombie, kill_request, send_signal, wait_request};
+use support::scene::{Scene, until};
 
 /// Not a test: the process that the shim starts as its VMM.
 #[test]
 #[ignore = "the fake VMM, started by the shim under test"]
 fn fake_vmm() {
     support::fake_vmm();
-}
-
-const SCRIPT: [&str; 3] = ["/bin/sh", "-c", "echo begun; exec sleep 1000"];
-
-/// A shim with a container that runs.
-struct Scene {
-    host: Host,
-    task: TaskClient,
-    snapshots: SnapshotsClient,
-    pid: u32,
-}
-
-impl Scene {
-    async fn new(id: &str) -> Self {
-        Self::with_stdout(id, "").await
-    }
-
-    async fn with_stdout(id: &str, stdout: &str) -> Self {
-        let host = Host::new(id).await;
-        host.write_spec(&SCRIPT);
-        let stdout = if stdout.is_empty() { String::new() } else { host.fifo(stdout) };
-        let task = host.start().await;
-        let snapshots = SnapshotsClient::new(Client::connect(&host.address()).await.unwrap());
-        let request = CreateTaskRequest { stdout, ..host.request() };
-        let pid = task.create(ctx(), &request).await.unwrap().pid;
-        task.start(ctx(), &start_request(&host)).await.unwrap();
-        Self { host, task, snapshots, pid }
-    }
-
-    async fn snapshot(&self) -> String {
-        let request = CreateRequest { id: self.host.id.clone(), ..Default::default() };
-        self.snapshots.create(ctx(), &request).await.unwrap().snapshot
-    }
-
-    async fn back_to(&self, snapshot: &str) -> ttrpc::Result<RollbackResponse> {
-        rollback(self.snapshots.clone(), self.host.id.clone(), snapshot.into()).await
-    }
-
-    /// One that waits for the restored agent's Setup, with the two machines' VMMs: the task's and the other.
-    async fn back_until_setup(
-        &self,
-        snapshot: &str,
-    ) -> (tokio::task::JoinHandle<ttrpc::Result<RollbackResponse>>, [u32; 2]) {
-        let gate = self.host.path(support::SETUP_FIFO);
-        nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let call = rollback(self.snapshots.clone(), self.host.id.clone(), snapshot.into());
-        let call = tokio::spawn(call);
-        until("the restored agent is asked", || blocked_in_open(self.other())).await;
-        (call, [self.vmm(), self.other()])
-    }
-
-    fn record(&self) -> Value {
-        let path = self.host.path("run/test").join(&self.host.id).join("processes.json");
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    fn vmm(&self) -> u32 {
-        self.host.recorded_pid("vmm")
-    }
-
-    fn other(&self) -> u32 {
-        self.record()["others"][0]["pid"].as_u64().map_or(0, |pid| u32::try_from(pid).unwrap())
-    }
-
-    /// Lets the agent answer, now and for good.
-    async fn open_setup(&self) {
-        let gate = self.host.path(support::SETUP_FIFO);
-        let path = gate.clone();
-        let opened = tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(path).unwrap());
-        let opened = tokio::time::timeout(DEADLINE, opened).await.unwrap().unwrap();
-        std::fs::remove_file(gate).unwrap();
-        drop(opened);
-    }
-
-    async fn status(&self) -> Status {
-        let state = self.task.state(ctx(), &state_request(&self.host)).await.unwrap();
-        assert_eq!(state.pid, self.pid);
-        state.status.unwrap()
-    }
-
-    /// The names of the writable disk's layers, and of the files that there are.
-    fn disk(&self) -> (Vec<String>, Vec<String>) {
-        let place =
-            std::fs::read_dir(self.host.path("state/writable")).unwrap().next().unwrap().unwrap().path();
-        let list = std::fs::read(place.join("layers.json")).unwrap();
-        let list: Value = serde_json::from_slice(&list).unwrap();
-        let mut listed: Vec<String> = serde_json::from_value(list["layers"].clone()).unwrap();
-        let names =
-            std::fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let mut there: Vec<_> =
-            names.filter(|name| name.ends_with(".delta") || name.ends_with(".ext4")).collect();
-        listed.sort();
-        there.sort();
-        (listed, there)
-    }
-
-    /// One machine, the same as before, and nothing of another.
-    async fn goes_on(&self, vmm: u32, disk: &(Vec<String>, Vec<String>)) {
-        assert_eq!((self.vmm(), self.record()["others"].clone()), (vmm, Value::Array(vec![])));
-        assert!(!is_zombie(vmm));
-        assert_eq!(&self.disk(), disk);
-        assert_eq!(self.vmms().len(), 1, "{:?}", self.vmms());
-    }
-
-    fn vmms(&self) -> Vec<String> {
-        let ours = self.host.dir.path().display().to_string();
-        let mut all = support::host::processes_with(&ours);
-        all.retain(|process| process.contains("fake_vmm"));
-        all
-    }
-
-    async fn end(self) {
-        self.task.kill(ctx(), &kill_request(&self.host, 9)).await.unwrap();
-        assert_eq!(self.task.wait(ctx(), &wait_request(&self.host)).await.unwrap().exit_status, 137);
-        self.delete().await;
-    }
-
-    async fn delete(self) {
-        self.task.delete(ctx(), &delete_request(&self.host)).await.unwrap();
-        let address = self.host.address();
-        self.task.shutdown(ctx(), &ShutdownRequest::new()).await.unwrap();
-        self.host.delete();
-        self.host.assert_clean(&address);
-    }
-}
-
-async fn rollback(client: SnapshotsClient, id: String, snapshot: String) -> ttrpc::Result<RollbackResponse> {
-    client.rollback(ctx(), &RollbackRequest { id, snapshot, ..Default::default() }).await
-}
-
-/// Whether a thread of the process waits for the other end of a fifo.
-fn blocked_in_open(pid: u32) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks.into_iter().any(|task| {
-        std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default().contains("wait_for_partner")
-    })
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < DEADLINE, "not in time: {what}");
-        tokio::task::yield_now().await;
-    }
 }
 
 /// What a client reads, line by line.
@@ -279,7 +126,7 @@ async fn what_is_no_snapshot_of_the_task_or_no_task_that_runs_is_refused() {
     scene.task.wait(ctx(), &wait_request(&scene.host)).await.unwrap();
     let (status, message) = code(scene.back_to(&snapshot).await);
     assert_eq!(status, Code::FAILED_PRECONDITION);
-    assert!(message.contains("cannot roll a stopped container back"), "{message}");
+    assert!(message.contains("cannot roll back a stopped container"), "{message}");
     scene.delete().await;
 }
 

@@ -37,6 +37,20 @@ impl Unsent {
     fn is_empty(&self) -> bool {
         self.start == self.end
     }
+
+    /// Adds all that comes until the source's end, with no bound of its own: from a peer that is about to end its direction, that is what the
+    /// sockets on the way hold.
+    pub async fn fill(&mut self, from: &Watched) -> io::Result<()> {
+        self.bytes.drain(..self.start);
+        (self.start, self.end) = (0, self.end - self.start);
+        loop {
+            self.bytes.resize(self.end + BUFFER, 0);
+            match read_some(from, &mut self.bytes[self.end..]).await? {
+                0 => return Ok(()),
+                count => self.end += count,
+            }
+        }
+    }
 }
 
 /// Why a copy stopped.

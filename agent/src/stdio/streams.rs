@@ -11,6 +11,7 @@ use spore_agent_api::stream::{
     Hello, Kind, REFUSED_ALREADY_ATTACHED, REFUSED_NO_SUCH_PROCESS, REFUSED_NO_SUCH_STREAM,
 };
 use tokio::io::Interest;
+use tokio::sync::watch;
 
 use super::pump::{self, Stopped, Unsent, Watched};
 
@@ -28,7 +29,8 @@ pub enum End {
 #[derive(Debug)]
 enum Slot {
     Waiting(End),
-    Attached,
+    /// Tells whoever serves the connection to part from it, and learns when it is served no more.
+    Attached(watch::Sender<bool>),
     Ended,
 }
 
@@ -54,6 +56,7 @@ impl ProcessStreams {
 pub struct Attachment {
     end: End,
     slot: SharedSlot,
+    parting: watch::Receiver<bool>,
 }
 
 /// All streams of the guest.
@@ -85,52 +88,118 @@ impl Streams {
         let slot =
             process.slots.get(hello.kind as usize).and_then(Option::as_ref).ok_or(REFUSED_NO_SUCH_STREAM)?;
         let mut state = lock(slot);
-        match std::mem::replace(&mut *state, Slot::Attached) {
-            Slot::Waiting(end) => Ok(Attachment { end, slot: Arc::clone(slot) }),
-            Slot::Attached => Err(REFUSED_ALREADY_ATTACHED),
-            Slot::Ended => {
-                *state = Slot::Ended;
-                Err(REFUSED_NO_SUCH_STREAM)
+        let (told, parting) = watch::channel(false);
+        match std::mem::replace(&mut *state, Slot::Attached(told)) {
+            Slot::Waiting(end) => Ok(Attachment { end, slot: Arc::clone(slot), parting }),
+            other => {
+                let refusal = match other {
+                    Slot::Ended => REFUSED_NO_SUCH_STREAM,
+                    _ => REFUSED_ALREADY_ATTACHED,
+                };
+                *state = other;
+                Err(refusal)
             }
+        }
+    }
+
+    /// Has all streams of a container, those of its execs too, part from their connections with nothing left under way on them: no more is
+    /// sent, which the peer reads as an end of file, and what the peer sends until it ends its own direction is kept for
+    /// the process. They wait for their next connections then.
+    pub fn part(&self, id: &str) -> Parting {
+        let processes = lock(&self.processes);
+        let own = processes.iter().filter(|((container, _), _)| container == id);
+        let told = own.flat_map(|(_, process)| process.slots.iter().flatten()).filter_map(|slot| {
+            let state = lock(slot);
+            let Slot::Attached(told) = &*state else { return None };
+            told.send_replace(true);
+            Some(told.clone())
+        });
+        Parting(told.collect())
+    }
+}
+
+/// Streams that have been told to part.
+#[derive(Debug)]
+pub struct Parting(Vec<watch::Sender<bool>>);
+
+impl Parting {
+    /// Waits until all have; those that take input wait for their peer's end.
+    pub async fn done(self) {
+        for told in self.0 {
+            told.closed().await;
         }
     }
 }
 
 impl Attachment {
-    /// Serves the connection until it or the stream ends.
+    /// Serves the connection until it or the stream ends, or the two part.
     pub async fn run(self, connection: Watched) {
-        let rest = match self.end {
-            End::Input(pipe, unsent) => input(pipe, unsent, &connection).await,
-            End::Output(pipe, unsent) => output(pipe, unsent, &connection).await,
-            End::Terminal(master, unsent, typed) => terminal(master, unsent, typed, &connection).await,
+        let Self { end, slot, mut parting } = self;
+        let rest = match end {
+            End::Input(pipe, unsent) => input(pipe, unsent, &connection, &mut parting).await,
+            End::Output(pipe, unsent) => output(pipe, unsent, &connection, &mut parting).await,
+            End::Terminal(master, unsent, typed) => {
+                terminal(master, (unsent, typed), &connection, &mut parting).await
+            }
         };
-        *lock(&self.slot) = rest.map_or(Slot::Ended, Slot::Waiting);
+        *lock(&slot) = rest.map_or(Slot::Ended, Slot::Waiting);
     }
 }
 
-/// Each of these gives back its end when the connection broke before the stream ended.
-async fn input(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
+async fn told(parting: &mut watch::Receiver<bool>) {
+    // Its sender is in the slot, until this connection is served no more.
+    let _ = parting.wait_for(|told| *told).await;
+}
+
+/// Each of these gives back its end when the connection broke, or was parted from, before the stream ended.
+async fn input(
+    pipe: Watched,
+    mut unsent: Unsent,
+    connection: &Watched,
+    parting: &mut watch::Receiver<bool>,
+) -> Option<End> {
     let stopped = tokio::select! {
         stopped = pump::copy(connection, &pipe, &mut unsent) => stopped,
         error = pump::broken(connection) => Stopped::SourceFailed(error),
         // Every reader has closed the pipe: nobody waits for input any more, and the shim
         // should not either.
         _ = pipe.ready(Interest::ERROR) => return None,
+        () = told(parting) => {
+            // Nothing is lost by a failure: the connection broke, as it may at any time.
+            let _ = unsent.fill(connection).await;
+            return Some(End::Input(pipe, unsent));
+        }
     };
     match stopped {
+        // The peer's part of the parting. If its input ended before, it says so again.
+        Stopped::SourceEnded if *parting.borrow() => Some(End::Input(pipe, unsent)),
         // Dropping the pipe is the process's end of file.
         Stopped::SourceEnded | Stopped::DestinationFailed(_) => None,
         Stopped::SourceFailed(_) => Some(End::Input(pipe, unsent)),
     }
 }
 
-async fn output(pipe: Watched, mut unsent: Unsent, connection: &Watched) -> Option<End> {
-    match outgoing(&pipe, &mut unsent, connection).await {
-        Stopped::SourceEnded | Stopped::SourceFailed(_) => {
+async fn output(
+    pipe: Watched,
+    mut unsent: Unsent,
+    connection: &Watched,
+    parting: &mut watch::Receiver<bool>,
+) -> Option<End> {
+    let stopped = tokio::select! {
+        biased;
+        () = told(parting) => None,
+        stopped = outgoing(&pipe, &mut unsent, connection) => Some(stopped),
+    };
+    match stopped {
+        None => {
+            pump::finish(connection);
+            Some(End::Output(pipe, unsent))
+        }
+        Some(Stopped::SourceEnded | Stopped::SourceFailed(_)) => {
             pump::finish(connection);
             None
         }
-        Stopped::DestinationFailed(_) => Some(End::Output(pipe, unsent)),
+        Some(Stopped::DestinationFailed(_)) => Some(End::Output(pipe, unsent)),
     }
 }
 
@@ -145,9 +214,9 @@ async fn outgoing(from: &Watched, unsent: &mut Unsent, connection: &Watched) -> 
 
 async fn terminal(
     master: Watched,
-    mut unsent: Unsent,
-    mut typed: Unsent,
+    (mut unsent, mut typed): (Unsent, Unsent),
     connection: &Watched,
+    parting: &mut watch::Receiver<bool>,
 ) -> Option<End> {
     let stopped = {
         let input = async {
@@ -156,16 +225,22 @@ async fn terminal(
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            stopped = outgoing(&master, &mut unsent, connection) => stopped,
+            stopped = outgoing(&master, &mut unsent, connection) => Some(stopped),
             () = input => return None,
+            () = told(parting) => None,
         }
     };
     match stopped {
-        Stopped::SourceEnded | Stopped::SourceFailed(_) => {
+        None => {
+            pump::finish(connection);
+            let _ = typed.fill(connection).await;
+            Some(End::Terminal(master, unsent, typed))
+        }
+        Some(Stopped::SourceEnded | Stopped::SourceFailed(_)) => {
             pump::finish(connection);
             None
         }
-        Stopped::DestinationFailed(_) => Some(End::Terminal(master, unsent, typed)),
+        Some(Stopped::DestinationFailed(_)) => Some(End::Terminal(master, unsent, typed)),
     }
 }
 

@@ -28,7 +28,8 @@ impl Container {
     /// Its end comes whatever becomes of the export.
     pub(super) async fn export_for_end(&self) {
         let Some(changes) = &self.changes else { return };
-        if self.ending.is_hurried() {
+        // What hibernates has been exported as it is.
+        if self.ending.is_hurried() || self.is_asleep() {
             return;
         }
         let failed = if self.is_lost() {

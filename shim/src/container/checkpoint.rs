@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
 use crate::snapshot::manifest::{Disk, LayerKind, Purpose, Volumes};
 use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError, digest};
-use crate::vm::{Destination, Saved, SnapshotTimes, VmError};
+use crate::vm::{Destination, Saved, SnapshotTimes, Then, VmError};
 use crate::volumes::SavedVolumes;
 
 /// The disks of a container, as its checkpoints want them.
@@ -30,7 +30,7 @@ pub(crate) struct HeldDisks {
 }
 
 /// What a snapshot needs before the container stands still for it.
-struct Prepared {
+pub(super) struct Prepared {
     draft: Draft,
     state: File,
     memory: File,
@@ -143,10 +143,10 @@ impl Container {
             other => other,
         };
         if let Err(error) = frozen {
-            self.take_back(&mut disks.layers, prepared.staged).await;
+            self.give_back(&mut disks.layers, prepared).await;
             return Err(error);
         }
-        let taken = self.take(prepared, &mut disks).await;
+        let taken = self.take(prepared, &mut disks, Then::GoOn).await;
         if let Ok(taken) = &taken {
             self.captured.note(taken.id(), &self.execs());
         }
@@ -169,7 +169,7 @@ impl Container {
         if !matches!(phase, Phase::Running | Phase::Paused) {
             return Err(Error::State(format!("cannot take a snapshot of a {} container", phase.name())));
         }
-        Ok(())
+        self.live().awake("snapshot")
     }
 
     async fn stand(&self) -> Result<(), Error> {
@@ -195,7 +195,7 @@ impl Container {
     }
 
     /// All that has to do with files.
-    async fn prepare(&self, store: &Store, disks: &mut HeldDisks) -> Result<Prepared, Error> {
+    pub(super) async fn prepare(&self, store: &Store, disks: &mut HeldDisks) -> Result<Prepared, Error> {
         let live = self.live();
         let lower = disks.lower.iter().map(|(serial, image)| Ok((serial.clone(), image.try_clone()?)));
         let lower =
@@ -228,6 +228,11 @@ impl Container {
         Ok(Prepared { draft, state, memory, layer, lower, captured, staged })
     }
 
+    /// Nothing has come of it.
+    pub(super) async fn give_back(&self, layers: &mut Layers, prepared: Prepared) {
+        self.take_back(layers, prepared.staged).await;
+    }
+
     /// The VMM has not switched to it.
     async fn take_back(&self, layers: &mut Layers, staged: StagedLayer) {
         let (mut own, log) = (layers.clone(), self.log.clone());
@@ -241,7 +246,12 @@ impl Container {
     }
 
     /// Saves the VM with its disks.
-    async fn take(&self, prepared: Prepared, disks: &mut HeldDisks) -> Result<Taken, Error> {
+    pub(super) async fn take(
+        &self,
+        prepared: Prepared,
+        disks: &mut HeldDisks,
+        then: Then,
+    ) -> Result<Taken, Error> {
         let live = self.live();
         let Prepared { draft, state, memory, layer, lower, captured, staged } = prepared;
         let name = layer.to_string();
@@ -251,7 +261,7 @@ impl Container {
             layer: &name,
             disks: &[(disks.writable.as_str(), &staged.file)],
         };
-        match live.vm.save(&to).await {
+        match live.vm.save(&to, then).await {
             Ok(saved) => {
                 let (held, stood) = (self.merging.capture(), Duration::ZERO);
                 let writable = disks.writable.clone();

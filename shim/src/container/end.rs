@@ -89,6 +89,9 @@ impl Container {
         let at = self.exit_time(guest_ns, started);
         seen();
         self.ending.over.send_replace(true);
+        if self.is_asleep() {
+            self.streams.give_up();
+        }
         // Clients take the exit for the end of the output.
         if !self.settle(&self.streams).await {
             warn!(self.log, "output is not being read or does not end; the exit is told nevertheless");
@@ -131,6 +134,10 @@ impl Container {
     }
 
     async fn end_in(&self, live: &Live) -> (u32, Option<i64>) {
+        if live.asleep.is_some() {
+            set(&self.ending.cut).await;
+            return (KILLED_STATUS, None);
+        }
         tokio::select! {
             // An answer that has arrived counts, whatever became of the guest since.
             biased;
@@ -174,7 +181,7 @@ impl Container {
     async fn end_of_exec_in(&self, live: &Live, exec_id: &str) -> (u32, Option<i64>) {
         let lost = async {
             tokio::select! {
-                _ = live.vm.ended() => {}
+                _ = live.vm.ended(), if live.asleep.is_none() => {}
                 () = set(&self.ending.cut) => {}
             }
         };
@@ -256,7 +263,7 @@ impl Container {
     }
 
     pub(crate) async fn kill(self: &Arc<Self>, signal: u32, all: bool) -> Result<(), Error> {
-        if self.is_over() || self.live().vm.has_ended() {
+        if self.is_over() || self.live().is_lost() {
             return Err(Error::Finished);
         }
         let fatal = signal == libc::SIGKILL.unsigned_abs();
@@ -266,6 +273,10 @@ impl Container {
         }
         let sent = loop {
             let live = self.live();
+            if fatal && live.asleep.is_some() {
+                self.cut().await;
+                return Ok(());
+            }
             tokio::select! {
                 biased;
                 // Whichever machine it reached: it is meant for the container.
@@ -313,8 +324,7 @@ impl Container {
 
     /// Whether there is no guest any more that could be asked for anything.
     pub(super) fn is_lost(&self) -> bool {
-        let live = self.live();
-        live.vm.has_ended() || *self.ending.cut.borrow()
+        self.live().is_lost() || *self.ending.cut.borrow()
     }
 
     /// Ends the process and the guest as a machine's own shutdown would, disks written back; by
@@ -325,6 +335,9 @@ impl Container {
             let live = self.live();
             if self.is_lost() {
                 return;
+            }
+            if live.asleep.is_some() {
+                return self.cut().await;
             }
             let asked = live.guest.shutdown(GRACE, SHUTDOWN);
             tokio::select! {

@@ -214,6 +214,9 @@ impl Container {
         tokio::spawn(async move {
             let (status, guest_ns) = this.end_of_exec(&exec).await;
             exec.ended.store(true, Ordering::Release);
+            if let Some(streams) = streams.as_ref().filter(|_| this.is_asleep()) {
+                streams.give_up();
+            }
             let at = this.exit_time(guest_ns, started);
             if let Some(streams) = streams
                 && !this.settle(&streams).await
@@ -270,7 +273,8 @@ impl Container {
         if exec.phase() == Phase::Running {
             return Err(Error::State("cannot delete a running process".into()));
         }
-        if !self.is_lost() {
+        // One that hibernates is rid of it when it wakes.
+        if !self.is_lost() && live.asleep.is_none() {
             let deleted = live.guest.delete(&self.guest_id, exec_id);
             if let Err(error) = live.ask("deleting a process", deleted).await {
                 warn!(self.log, "the guest did not delete the exec"; "exec" => exec_id, "error" => %error);

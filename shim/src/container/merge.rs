@@ -45,6 +45,9 @@ impl Container {
 
     async fn try_merge(&self, enough: fn(&Layers) -> bool) -> Result<bool, Error> {
         let live = self.live();
+        if live.asleep.is_some() {
+            return Ok(false);
+        }
         let begun = {
             let disks = self.disks.lock().await;
             if !enough(&disks.layers) || self.merging.under_way.load(Ordering::Acquire) {

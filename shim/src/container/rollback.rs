@@ -18,16 +18,21 @@ use slog::{info, warn};
 
 pub(super) use self::captured::Captured;
 use self::captured::Fates;
-use self::next::{Next, Wanted};
+use self::next::Next;
+pub(super) use self::next::Wanted;
 use super::{Container, Live, Phase};
 use crate::checkpoint::{Restored, blocking};
 use crate::config::Config;
 use crate::error::Error;
 use crate::network::Held;
 use crate::rootfs::{Image, Rewind};
+use crate::snapshot::manifest::Purpose;
 use crate::snapshot::{SnapshotId, Store, StoreError, digest};
 use crate::vm::{HostFiles, Vm, VmError};
 use crate::volumes::Volume;
+
+const ROLLBACK: &str = "rollback";
+const GO_BACK: &str = "roll back";
 
 /// What a task's machines have in common, beside their size and their disks.
 pub(crate) struct Basis {
@@ -66,9 +71,10 @@ impl Container {
     ) -> Result<RolledBack, Error> {
         let begun = Instant::now();
         let _alone = self.staying.write().await;
-        self.may_go_back()?;
+        self.may_change_machines(GO_BACK)?;
         let (store, namespace, id) = (store.clone(), self.events.namespace().to_owned(), self.id.clone());
-        let mut restored = blocking(move || Restored::own(&store, to, &namespace, &id)).await?;
+        let any = &[Purpose::Snapshot, Purpose::Checkpoint];
+        let mut restored = blocking(move || Restored::own(&store, to, (&namespace, &id), any)).await?;
         let mut disks = self.disks.lock().await;
         self.fits(&restored, &disks.writable)?;
         let (has, saved) = (disks.lower.iter(), restored.lower.iter());
@@ -81,7 +87,7 @@ impl Container {
         let host = HostFiles::open(config)?;
 
         let _turn = self.turn.lock().await;
-        let phase = self.may_go_back()?;
+        let phase = self.may_change_machines(GO_BACK)?;
         let (old, network) = (self.live(), self.network.hold().await);
         let vm = Arc::new(old.vm.successor(config)?);
         let wanted =
@@ -97,7 +103,7 @@ impl Container {
         };
         let paused = next.paused;
         disks.layers = disk.layers;
-        let live = Arc::new(Live { vm, guest: Arc::clone(&next.guest) });
+        let live = Arc::new(Live::new(vm, Arc::clone(&next.guest)));
         let left = self.take_place(&live, &mut next);
         let begun_thaw = Instant::now();
         let mut thawed = Ok(());
@@ -106,16 +112,7 @@ impl Container {
             times.thaw = begun_thaw.elapsed();
         }
         times.gap = paused.elapsed();
-        // Before anything may happen again.
-        self.network.follow(Arc::clone(&live.vm), Arc::clone(&live.guest));
-        next.network.keep();
-        self.follow_memory(Arc::clone(&live), true);
-        self.note_machines(&live.vm, Some(&old.vm));
-        old.vm.retire().await;
-        self.note_machines(&live.vm, None);
-        // What cannot be removed now is when the disk is opened the next time.
-        let _ = tokio::task::spawn_blocking(move || rewind.finish()).await;
-        self.clear_execs(&live.guest, &left).await;
+        self.settle_down(&live, &old, next.network, rewind, &left).await;
         if phase == Phase::Paused {
             self.export_anew().await;
         }
@@ -124,16 +121,40 @@ impl Container {
         thawed.map(|()| times)
     }
 
-    fn may_go_back(&self) -> Result<Phase, Error> {
+    /// Another machine is in the place of the one that there was, which goes.
+    pub(super) async fn settle_down(
+        self: &Arc<Self>,
+        live: &Arc<Live>,
+        old: &Live,
+        network: Held,
+        rewind: Rewind,
+        left: &[String],
+    ) {
+        // Before anything may happen again.
+        self.network.follow(Arc::clone(&live.vm), Arc::clone(&live.guest));
+        network.keep();
+        self.follow_memory(Arc::clone(live), true);
+        self.note_machines(&live.vm, Some(&old.vm));
+        old.vm.retire().await;
+        self.note_machines(&live.vm, None);
+        // What cannot be removed now is when the disk is opened the next time.
+        let _ = tokio::task::spawn_blocking(move || rewind.finish()).await;
+        self.clear_execs(&live.guest, left).await;
+    }
+
+    pub(super) fn may_change_machines(&self, verb: &str) -> Result<Phase, Error> {
         let phase = self.phase();
         if !matches!(phase, Phase::Running | Phase::Paused) {
-            return Err(Error::State(format!("cannot roll a {} container back", phase.name())));
+            return Err(Error::State(format!("cannot {verb} a {} container", phase.name())));
+        }
+        if self.is_asleep() {
+            return Err(Error::State(format!("cannot {verb} a container that hibernates; resume it first")));
         }
         if self.is_ending() {
-            return Err(Error::State("cannot roll a container back that has ended".into()));
+            return Err(Error::State(format!("cannot {verb} a container that has ended")));
         }
         if self.leaving.load(Ordering::Acquire) {
-            return Err(Error::State("cannot roll a container back that ends with its checkpoint".into()));
+            return Err(Error::State(format!("cannot {verb} a container that ends with its checkpoint")));
         }
         Ok(phase)
     }
@@ -184,10 +205,10 @@ impl Container {
         let made = async {
             let built = tokio::select! {
                 biased;
-                () = self.ending.over() => Err(ended()),
+                () = self.ending.over() => Err(ended(ROLLBACK)),
                 built = self.build_next(old, vm, (network, paused), wanted, times) => built,
             }?;
-            let rewind = self.commit_disk(rewind, times).await?;
+            let rewind = self.commit_disk(rewind, ROLLBACK, times).await?;
             Ok((built, rewind))
         };
         match made.await {
@@ -207,12 +228,17 @@ impl Container {
     }
 
     /// The task has ended, or is going to: a signal that cannot be caught may have reached the machine that there is.
-    fn is_ending(&self) -> bool {
+    pub(super) fn is_ending(&self) -> bool {
         self.is_over() || self.is_lost() || self.ending.is_meant()
     }
 
     /// The list of the disk's layers, durably; unless the task has ended meanwhile.
-    async fn commit_disk(&self, mut rewind: Rewind, times: &mut RolledBack) -> Result<Rewind, Error> {
+    pub(super) async fn commit_disk(
+        &self,
+        mut rewind: Rewind,
+        operation: &str,
+        times: &mut RolledBack,
+    ) -> Result<Rewind, Error> {
         let (begun, log) = (Instant::now(), self.log.clone());
         let written = blocking(move || {
             rewind.commit(&log)?;
@@ -223,14 +249,14 @@ impl Container {
         if self.is_ending() {
             let log = self.log.clone();
             let _ = tokio::task::spawn_blocking(move || rewind.undo(&log)).await;
-            return Err(ended());
+            return Err(ended(operation));
         }
         Ok(rewind)
     }
 
     /// Nothing is waited for between the last look at whether the task has ended and this. The execs of the guest that have ended since
     /// they were planned to go on.
-    fn take_place(&self, live: &Arc<Live>, next: &mut Next) -> Vec<String> {
+    pub(super) fn take_place(&self, live: &Arc<Live>, next: &mut Next) -> Vec<String> {
         let Fates { going_on, dropped, .. } = std::mem::take(&mut next.fates);
         for exec in dropped {
             exec.drop_out();
@@ -251,7 +277,7 @@ impl Container {
     }
 
     /// Whom `delete` has to end.
-    fn note_machines(&self, vm: &Vm, other: Option<&Vm>) {
+    pub(super) fn note_machines(&self, vm: &Vm, other: Option<&Vm>) {
         let server = |vm: &Vm| vm.file_server().map(|server| server.id());
         let noted = vm.dir().record(|record| {
             (record.vmm, record.file_server) = (Some(vm.id()), server(vm));
@@ -266,8 +292,8 @@ impl Container {
     }
 }
 
-fn ended() -> Error {
-    Error::State("rollback: the container has ended meanwhile".into())
+pub(super) fn ended(operation: &str) -> Error {
+    Error::State(format!("{operation}: the container has ended meanwhile"))
 }
 
 /// The first `count` of the disks are the task's; whether the others are the same ones.

@@ -4,10 +4,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use slog::o;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
 
 use super::*;
+
+mod rest;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 

@@ -242,14 +242,19 @@ impl Network {
         self.thread.counters().await
     }
 
-    /// Gives everything in the namespace back, and leaves it.
-    pub(crate) async fn close(&self) {
+    /// Until another guest is to follow.
+    pub(crate) async fn unfollow(&self) {
         let following = self.following.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(following) = following {
             // It may be waiting for a guest that does not answer.
             following.abort();
             let _ = following.await;
         }
+    }
+
+    /// Gives everything in the namespace back, and leaves it.
+    pub(crate) async fn close(&self) {
+        self.unfollow().await;
         let mut state = self.state.lock().await;
         state.taps.clear();
         if !std::mem::replace(&mut state.closed, true)

@@ -17,6 +17,7 @@ impl Sandbox {
     pub(crate) async fn delete(self: &Arc<Self>, id: &str) -> Result<(u32, Exit), Error> {
         let container = self.container(id)?;
         let exit = container.delete().await?;
+        self.forget_hibernations(&container).await;
         let last = {
             let mut slots = lock(&self.slots);
             slots.remove(id);

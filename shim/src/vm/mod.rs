@@ -30,7 +30,7 @@ use self::control::{CallError, Control};
 pub(crate) use self::end::End;
 use self::end::{UNEXPLAINED, tail};
 use self::snapshot::Settling;
-pub(crate) use self::snapshot::{Destination, Image, ImageDisk, Saved};
+pub(crate) use self::snapshot::{Destination, Image, ImageDisk, Saved, Then};
 use crate::config::{Config, Machine, NetworkLimits, Rate};
 use crate::process::{self, ProcessId};
 use crate::rundir::RunDir;

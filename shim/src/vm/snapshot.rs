@@ -52,6 +52,14 @@ pub(crate) struct ImageDisk<'a> {
     pub(crate) below: &'a [File],
 }
 
+/// What becomes of a VM that is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then {
+    GoOn,
+    /// It stands still, unless saving it failed.
+    Stand,
+}
+
 type Outcome = Result<(), Failure>;
 
 /// Who waits for the disks of a snapshot, by its layer's id, or for layers of a disk to be merged, by its serial, which is like no
@@ -224,24 +232,34 @@ impl Vm {
         }
     }
 
-    /// Saves the VM, with its disks, as it is now. Returns when it goes on. When it refuses, the disks go on in
-    /// the files that they had; when it has ended or does not answer, nobody knows.
-    pub(crate) async fn save(&self, to: &Destination<'_>) -> Result<Saved, VmError> {
-        let Some(server) = self.file_server() else { return self.snapshot(to).await };
+    /// Saves the VM, with its disks, as it is now. Returns when it goes on, or, if it shall `stand`, stands still. When it refuses, it
+    /// goes on with the files that the disks had; when it has ended or does not answer, nobody knows.
+    pub(crate) async fn save(&self, to: &Destination<'_>, then: Then) -> Result<Saved, VmError> {
+        let (server, stand) = (self.file_server(), then == Then::Stand);
+        if server.is_none() && !stand {
+            return self.snapshot(to).await;
+        }
         // The container's being frozen is not enough: the guest's kernel goes on closing and forgetting files. Of a
         // paused VM no request is at the server, so its tables are of the memory's instant.
         let paused = Instant::now();
         self.pause().await?;
         let mut taken = async {
             let begun = Instant::now();
-            let tables = tables(server).await?;
+            let volumes = match server {
+                Some(server) => Some(tables(server).await?),
+                None => None,
+            };
             let tables_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
             let saved = self.snapshot(to).await?;
-            info!(self.log, "the file server's tables are saved"; "paused_us" => tables_us);
-            Ok(Saved { volumes: Some(tables), ..saved })
+            if volumes.is_some() {
+                info!(self.log, "the file server's tables are saved"; "paused_us" => tables_us);
+            }
+            Ok(Saved { volumes, ..saved })
         }
         .await;
-        if let Err(error) = self.resume().await {
+        if !(stand && taken.is_ok())
+            && let Err(error) = self.resume().await
+        {
             // It can neither go on nor be what it was.
             self.kill().await;
             return Err(error);

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
 pub(crate) mod host;
+pub(crate) mod scene;
 pub(crate) mod space;
 
 use std::collections::HashMap;
@@ -21,7 +22,7 @@ use async_trait::async_trait;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use protobuf::Message as _;
 use serde_json::Value;
-use spore_agent_api::stream::{HEADER_LEN, Hello, Kind, UNCHANGED};
+use spore_agent_api::stream::{ATTACHED, HEADER_LEN, Hello, Kind, REFUSED_NO_SUCH_STREAM, UNCHANGED};
 use spore_agent_api::v1::files::watch_event::Kind as Change;
 use spore_agent_api::v1::{
     container, container_ttrpc, files, files_ttrpc, network, network_ttrpc, sandbox, sandbox_ttrpc,
@@ -354,7 +355,12 @@ async fn stdio(agent: Agent, mut stream: UnixStream) {
     if hello.kind == Kind::Changes {
         return stream.write_all(&[UNCHANGED]).await.unwrap();
     }
-    stream.write_all(&[0]).await.unwrap();
+    // What runs has its streams already, or none.
+    let runs = agent.processes.lock().unwrap()[&hello.id].started;
+    stream.write_all(&[if runs { REFUSED_NO_SUCH_STREAM } else { ATTACHED }]).await.unwrap();
+    if runs {
+        return;
+    }
     let mut processes = agent.processes.lock().unwrap();
     processes.get_mut(&hello.id).unwrap().attached.insert(hello.kind as u8, stream);
 }
@@ -538,8 +544,25 @@ impl container_ttrpc::Container for Agent {
         _: &TtrpcContext,
         request: container::PauseRequest,
     ) -> ttrpc::Result<container::PauseResponse> {
-        host::send_signal(self.processes.lock().unwrap()[&request.id].pid, nix::sys::signal::Signal::SIGSTOP);
+        let pid = self.processes.lock().unwrap()[&request.id].pid;
+        // One that stood still before it has asked for its end would outlive its machine.
+        let begins = || {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            !host::is_zombie(pid) && ["", "setpriv", "bash"].contains(&line.split('\0').next().unwrap())
+        };
+        while begins() {
+            tokio::task::yield_now().await;
+        }
+        host::send_signal(pid, nix::sys::signal::Signal::SIGSTOP);
         Ok(container::PauseResponse::new())
+    }
+
+    async fn rest(
+        &self,
+        _: &TtrpcContext,
+        _: container::RestRequest,
+    ) -> ttrpc::Result<container::RestResponse> {
+        Ok(container::RestResponse::new())
     }
 
     async fn resume(

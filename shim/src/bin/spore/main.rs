@@ -13,9 +13,11 @@ mod doctor;
 mod exec;
 mod failure;
 mod fs;
+mod hibernate;
 mod progress;
 mod ps;
 mod remote;
+mod resume;
 mod rollback;
 mod show;
 mod snapshot;
@@ -85,6 +87,10 @@ enum Verb {
     Fs(fs::Verb),
     /// Have a container go back to one of its snapshots, in place
     Rollback(rollback::Args),
+    /// Put a container's machine away, to disk: the container stays, and takes no memory
+    Hibernate(hibernate::Args),
+    /// Have a container that hibernates, or is paused, run again
+    Resume(resume::Args),
     /// Take snapshots of containers, and look after those that there are
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
@@ -114,6 +120,8 @@ fn main() -> ExitCode {
             Verb::Cp(args) => cp::run(&global, args).await,
             Verb::Fs(verb) => fs::run(&global, verb).await,
             Verb::Rollback(args) => rollback::run(&global, args).await.map(|()| 0),
+            Verb::Hibernate(args) => hibernate::run(&global, args).await.map(|()| 0),
+            Verb::Resume(args) => resume::run(&global, args).await.map(|()| 0),
             Verb::Snapshot(verb) => snapshot::run(&global, verb).await,
             Verb::Template(verb) => template::run(&global, verb).await,
             Verb::Clone(args) => clone::run(&global, args).await,
@@ -182,6 +190,8 @@ mod tests {
             "spore template prune --older-than 3",
             "spore clone web --count 0",
             "spore rollback web",
+            "spore hibernate",
+            "spore resume",
             "spore bench",
             "spore bench frobnicate --image x",
             "spore bench exec --image x --count 0",

@@ -12,6 +12,8 @@ use crate::containerd::{Containerd, Namespace};
 use crate::failure::{Failure, of_containerd};
 use crate::show;
 
+const PAUSED: &str = "paused";
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Those of every namespace
@@ -24,9 +26,17 @@ struct Row {
     namespace: String,
     id: String,
     image: String,
+    /// containerd's.
     status: &'static str,
     pid: Option<u32>,
     running: Running,
+}
+
+impl Row {
+    /// containerd knows of a task without a machine only that it is paused.
+    fn status(&self) -> &'static str {
+        if self.status == PAUSED && self.running.hibernates_in.is_some() { "hibernated" } else { self.status }
+    }
 }
 
 pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
@@ -69,7 +79,7 @@ async fn tasks(
             Ok(Status::Created) => "created",
             Ok(Status::Running) => "running",
             Ok(Status::Stopped) => "stopped",
-            Ok(Status::Paused | Status::Pausing) => "paused",
+            Ok(Status::Paused | Status::Pausing) => PAUSED,
             Ok(Status::Unknown) | Err(_) => "unknown",
         };
         (if task.id.is_empty() { task.container_id } else { task.id }, (status, task.pid))
@@ -82,7 +92,7 @@ fn as_json(row: &Row) -> serde_json::Value {
         "namespace": row.namespace,
         "id": row.id,
         "image": row.image,
-        "status": row.status,
+        "status": row.status(),
         "pid": row.pid,
         "vcpus": row.running.vcpus,
         "memory_mib": row.running.memory_mib,
@@ -94,13 +104,13 @@ fn show_table(rows: &[Row]) -> Result<(), Failure> {
     let mut table = vec![heading.map(str::to_owned).to_vec()];
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     for row in rows {
-        let Row { namespace, id, image, status, pid, running } = row;
+        let Row { namespace, id, image, pid, running, .. } = row;
         let text = |text: &str| if text.is_empty() { "-".into() } else { show::name(text.as_bytes()) };
         table.push(vec![
             text(namespace),
             text(id),
             text(image),
-            (*status).to_owned(),
+            row.status().to_owned(),
             or_none(pid.map(|pid| pid.to_string())),
             or_none(running.vcpus.map(|vcpus| vcpus.to_string())),
             or_none(running.memory_mib.map(|mib| format!("{mib} MiB"))),

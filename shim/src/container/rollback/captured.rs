@@ -20,7 +20,7 @@ struct Had {
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Fates {
+pub(in crate::container) struct Fates {
     /// They ran then and run now.
     pub(super) going_on: Vec<Arc<Exec>>,
     /// Begun since.

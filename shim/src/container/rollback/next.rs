@@ -24,31 +24,31 @@ use crate::volumes::{self, matched};
 const CLEARED: Duration = Duration::from_secs(2);
 
 /// What it is made of.
-pub(super) struct Wanted<'a> {
-    pub(super) config: &'a Config,
-    pub(super) host: &'a HostFiles,
-    pub(super) restored: &'a mut Restored,
+pub(in crate::container) struct Wanted<'a> {
+    pub(in crate::container) config: &'a Config,
+    pub(in crate::container) host: &'a HostFiles,
+    pub(in crate::container) restored: &'a mut Restored,
     /// The task's own read-only disks, which are the snapshot's too.
-    pub(super) lower: &'a [(String, Image)],
-    pub(super) disk: &'a WritableDisk,
-    pub(super) to: SnapshotId,
+    pub(in crate::container) lower: &'a [(String, Image)],
+    pub(in crate::container) disk: &'a WritableDisk,
+    pub(in crate::container) to: SnapshotId,
 }
 
 /// See the module.
-pub(super) struct Next {
-    pub(super) guest: Arc<Guest>,
-    pub(super) network: Held,
-    pub(super) fates: Fates,
-    pub(super) streams: Option<GuestEnds>,
+pub(in crate::container) struct Next {
+    pub(in crate::container) guest: Arc<Guest>,
+    pub(in crate::container) network: Held,
+    pub(in crate::container) fates: Fates,
+    pub(in crate::container) streams: Option<GuestEnds>,
     /// Of those execs that go on.
-    pub(super) exec_streams: Vec<Option<GuestEnds>>,
+    pub(in crate::container) exec_streams: Vec<Option<GuestEnds>>,
     /// Since when the container stands still.
-    pub(super) paused: Instant,
+    pub(in crate::container) paused: Instant,
 }
 
 impl Container {
     /// Its container stands still: it was saved like that.
-    pub(super) async fn build_next(
+    pub(in crate::container) async fn build_next(
         self: &Arc<Self>,
         old: &Live,
         vm: &Arc<Vm>,
@@ -114,7 +114,7 @@ impl Container {
     }
 
     /// Removes execs from a guest that nobody knows any more. One that does not go stays with its container.
-    pub(super) async fn clear_execs(&self, guest: &Guest, ids: &[String]) {
+    pub(in crate::container) async fn clear_execs(&self, guest: &Guest, ids: &[String]) {
         for id in ids {
             let cleared = async {
                 match guest.signal(&self.guest_id, id, libc::SIGKILL.unsigned_abs(), false).await {

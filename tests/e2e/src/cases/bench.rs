@@ -21,7 +21,8 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// In the order in which they are asked for.
-const OPERATIONS: [&str; 6] = ["create", "exec", "snapshot", "restore", "clone", "rollback"];
+const OPERATIONS: [&str; 8] =
+    ["create", "exec", "snapshot", "restore", "clone", "rollback", "hibernate", "resume"];
 /// How long all of them may take on the slowest ground, two at a time, two of each.
 const ALL: Duration = Duration::from_secs(900);
 
@@ -43,7 +44,6 @@ fn every_operation(subject: &Subject) -> Result<()> {
     let output = subject.spore(&once)?.run()?;
     ensure!(output.success(), "{once:?}: {output}");
     let before = subject.inventory()?;
-    refused(subject, &["hibernate", "--image", BUSYBOX], 2, "not built yet")?;
     refused(
         subject,
         &["create", "--image", "nobody/nothing:1"],

@@ -1,6 +1,8 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
 mod disks;
+mod hibernate;
+mod keeper;
 mod rollback;
 
 use std::collections::HashSet;
@@ -27,6 +29,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::snapshot_command", snapshot_command).spore_only().starts(3).alone(),
     Case::new("checkpoint::rollback_back_and_forth", rollback::back_and_forth).spore_only().alone().starts(3),
     Case::new("checkpoint::rollback_refused", rollback::refusals).spore_only().starts(2),
+    Case::new("checkpoint::hibernate_and_resume", hibernate::and_resume).spore_only().alone().starts(6),
+    Case::new("checkpoint::hibernate_loses_no_byte", hibernate::streams).spore_only().starts(4),
     Case::new("checkpoint::a_killed_restore_leaves_no_disk", disks::a_killed_restore)
         .spore_only()
         .alone()

@@ -41,7 +41,7 @@ fn machine() -> String {
 }
 
 /// All that tells one machine from another, one to a line.
-const IDENTITY: &str = "hostname; cat /etc/machine-id /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid \
+const IDENTITY: &str = "[ -S /dev/spore/generation.sock ] && hostname; cat /etc/machine-id /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid \
     /dev/spore/generation; head -c 16 /dev/urandom | od -A n -t x1";
 const PARTS: [&str; 6] = ["hostname", "machine id", "boot id", "UUID", "generation", "random numbers"];
 

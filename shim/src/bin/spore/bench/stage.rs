@@ -18,7 +18,7 @@ use crate::failure::{Failure, of_containerd};
 use crate::progress::Work;
 use crate::snapshot::create::Wait;
 use crate::snapshot::{create, discard};
-use crate::{rollback, show};
+use crate::{hibernate, resume, rollback, show};
 
 /// How many runs, and how.
 #[derive(Debug, Clone, Copy)]
@@ -175,9 +175,20 @@ impl Stage<'_> {
 
     async fn run(&self, operation: Operation, source: Option<&Things>) -> Ran {
         let mut things = Things::default();
+        let container = source.and_then(|source| source.made.as_ref());
+        // What is not measured of it.
+        if let (Operation::Resume, Some(made)) = (operation, container)
+            && let Err(failure) = hibernate::ask(self.global, &made.name).await
+        {
+            return Ran { time: Duration::ZERO, outcome: Err(failure), things };
+        }
         let begun = Instant::now();
-        let outcome = self.once(operation, source, &mut things).await;
-        Ran { time: begun.elapsed(), outcome, things }
+        let mut outcome = self.once(operation, source, &mut things).await;
+        let time = begun.elapsed();
+        if let (Operation::Hibernate, Some(made), true) = (operation, container, outcome.is_ok()) {
+            outcome = resume::ask(self.global, &made.name).await.map(drop);
+        }
+        Ran { time, outcome, things }
     }
 
     async fn once(
@@ -197,6 +208,10 @@ impl Stage<'_> {
                 let from = self.snapshot(container, things).await?;
                 self.make(Some(from), true, things).await.map(drop)
             }
+            (Operation::Hibernate, Some(container), _) => {
+                hibernate::ask(self.global, container).await.map(drop)
+            }
+            (Operation::Resume, Some(container), _) => resume::ask(self.global, container).await.map(drop),
             (Operation::Rollback, Some(container), Some(to)) => {
                 rollback::ask(self.global, container, to).await.map(drop)
             }
