@@ -145,7 +145,7 @@ mod tests {
             let shown = shown(mounts).unwrap();
             shown.iter().map(|mount| mount.destination().display().to_string()).collect()
         };
-        assert_eq!(at(&[mount("/proc", "proc"), mount("/dev", "tmpfs")]), [KERNELS, SHOWN]);
+        assert_eq!(at(&[mount("/proc", "proc"), mount("/dev", "tmpfs")]), [KERNELS, SHOWN, SHOWN_SOCKET]);
         assert_eq!(at(&[mount("/proc", "tmpfs"), mount("/dev", "bind")]), [""; 0]);
     }
 }
