@@ -73,7 +73,8 @@ struct Longest {
 pub(super) fn run(lab: &Lab) -> Result<Vec<Row>> {
     lab.detach(Runtime::Spore, CONTAINER, &[])?;
     let mut ticker = Ticker::start(lab)?;
-    let (mut longest, mut stood, mut tick) = (Longest::default(), Vec::new(), Vec::new());
+    let (mut longest, mut tick) = (Longest::default(), Vec::new());
+    let (mut stood, mut paused) = (Vec::new(), Vec::new());
     let mut ticks = TICKS;
     for round in 0..=SNAPSHOTS {
         ticker.ask(0)?;
@@ -82,9 +83,9 @@ pub(super) fn run(lab: &Lab) -> Result<Vec<Row>> {
         let ((told, _), snapshot) = ticker.during(|| lab.spore_json(&["snapshot", "create", CONTAINER]))?;
         let id = told["id"].as_str().with_context(|| format!("no id in {told}"))?;
         lab.spore(&["snapshot", "rm", id])?;
-        let told = told_ms(&told, "stood_ns")?;
+        let [of_processes, of_machine] = [told_ms(&told, "stood_ns")?, told_ms(&told, "pause_ns")?];
         eprintln!(
-            "gap: round {round} of {SNAPSHOTS}: quiet {:.1} ms, beside a client {:.1} ms, snapshot {:.1} ms, of which it tells {told:.1} ms, in {} ticks{}",
+            "gap: round {round} of {SNAPSHOTS}: quiet {:.1} ms, beside a client {:.1} ms, snapshot {:.1} ms, of which it tells {of_processes:.1} ms, its machine {of_machine:.1} ms, in {} ticks{}",
             quiet.longest_ms,
             beside_a_client.longest_ms,
             snapshot.longest_ms,
@@ -97,7 +98,8 @@ pub(super) fn run(lab: &Lab) -> Result<Vec<Row>> {
             longest.quiet.push(quiet.longest_ms);
             longest.beside_a_client.push(beside_a_client.longest_ms);
             longest.snapshot.push(snapshot.longest_ms);
-            stood.push(told);
+            stood.push(of_processes);
+            paused.push(of_machine);
         }
     }
     drop(ticker);
@@ -111,5 +113,6 @@ pub(super) fn run(lab: &Lab) -> Result<Vec<Row>> {
         Row::new("longest gap while spore ps asks", "ms", &beside_a_client),
         Row::new("longest gap while a snapshot is taken", "ms", &snapshot).against(&stood, None),
         Row::new("the container stood still, as snapshot create tells it", "ms", &stood),
+        Row::new("its machine stood still, within that", "ms", &Sample::new(paused)),
     ])
 }

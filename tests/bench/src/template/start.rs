@@ -122,9 +122,14 @@ impl Application {
         let command: Vec<_> = self.command.iter().map(String::as_str).collect();
         let begun = Instant::now();
         lab.detach_image(runtime, self.image, id, &all, &command)?;
-        if let Some(question) = self.question {
-            place.ask(question)?;
-        }
-        Ok(begun.elapsed().as_secs_f64() * 1000.0)
+        let ms = || begun.elapsed().as_secs_f64() * 1000.0;
+        let started = ms();
+        let Some(question) = self.question else { return Ok(started) };
+        place.ask(question)?;
+        let answered = ms();
+        eprintln!(
+            "template: {id}: ctr returned after {started:.0} ms, the first answer came after {answered:.0} ms"
+        );
+        Ok(answered)
     }
 }
