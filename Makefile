@@ -33,6 +33,8 @@ test: ## run every test, or one suite: make test SUITE=unit|fuzz|native|e2e|conf
 
 # Of the VMM alone, with bare-metal guests on this machine's /dev/kvm.
 NATIVE := datapath snapshot density
+# These start applications: the ground gets an image of them, which is made once.
+APPLICATIONS := $(if $(filter template,$(SUITE)),--applications)
 
 ifneq ($(filter $(NATIVE),$(SUITE)),)
 bench: build
@@ -43,7 +45,7 @@ else
 bench: guest ## measure against runc, into target/bench: make bench [SUITE=coldstart]
 	@$(STEP) "Debian packages for the test bed" packaging/need ground
 	@mkdir -p target/bench
-	@$(STEP) "Bench" $(BIN)/spore-testbed run --deadline 3600 spore-bench $(SUITE)
+	@$(STEP) "Bench" $(BIN)/spore-testbed run --deadline 3600 $(APPLICATIONS) spore-bench $(SUITE)
 	@cp target/testbed/spore-bench/*.json target/bench/
 	@echo "results: $$(ls target/bench/*.json | tr '\n' ' ')"
 endif

@@ -1,16 +1,16 @@
 //! The cold start of a container, from the first instruction of `ctr run --rm` to its end.
 //!
-//! Runs alternate between the two runtimes, so that what slows the machine slows both. The
-//! phases come from the shim's own timeline (`timeline` in its configuration), on the
-//! ground's CLOCK_MONOTONIC.
+//! Every guest boots: what templates of booted guests spare is told by `template`. The phases come from the shim's own
+//! timeline (`timeline` in its configuration), on the ground's CLOCK_MONOTONIC.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use spore_harness::containerd::Runtime;
 
-use crate::lab::{Lab, Timeline, kernel_boot, span};
+use crate::lab::{COLD, Lab, Timeline, kernel_boot, span};
 use crate::report::Row;
+use crate::rounds::{Side, alternate};
 use crate::stats::Sample;
 
 /// Aims of the project, see the README of this folder.
@@ -35,27 +35,16 @@ type Run = (f64, Timeline);
 
 pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<Row>> {
     let lab = Lab::start(results)?;
-    let once = |runtime: Runtime, id: &str| -> Result<f64> {
-        Ok(lab.run(runtime, id, &["true"])?.elapsed.as_secs_f64() * 1000.0)
-    };
-    let (mut reference, mut measured) = (Vec::new(), Vec::new());
-    for pair in 0..=pairs {
-        let runc = once(Runtime::Runc, &format!("runc-{pair}"))?;
-        let id = format!("{}-{pair}-measured", runtime.name());
-        let ours = once(runtime, &id)?;
-        eprintln!(
-            "coldstart: pair {pair} of {pairs}: runc {runc:.0} ms, {} {ours:.0} ms{}",
-            runtime.name(),
-            if pair == 0 { " (warm-up, not counted)" } else { "" },
-        );
-        if pair > 0 {
-            reference.push(runc);
-            measured.push((id, ours));
-        }
-    }
+    lab.configure(COLD)?;
+    let id = |round| format!("{}-{round}-measured", runtime.name());
+    let sides = [
+        Side::new(Runtime::Runc.name(), |round| lab.whole_run(Runtime::Runc, &format!("runc-{round}"))),
+        Side::new(runtime.name(), |round| lab.whole_run(runtime, &id(round))),
+    ];
+    let [reference, measured] = alternate("coldstart", pairs, sides)?;
     let mut lines = lab.timelines(results)?;
     let reference = Sample::new(reference);
-    let whole = Sample::new(measured.iter().map(|(_, elapsed)| *elapsed).collect());
+    let whole = Sample::new(measured.clone());
     let mut rows = vec![
         Row::new("ctr run --rm with runc", "ms", &reference),
         Row::new(&format!("ctr run --rm with {}", runtime.name()), "ms", &whole).against(&reference, None),
@@ -63,7 +52,9 @@ pub(crate) fn run(runtime: Runtime, pairs: usize, results: &Path) -> Result<Vec<
     if runtime == Runtime::Spore {
         let runs: Vec<Run> = measured
             .into_iter()
-            .map(|(id, elapsed)| {
+            .zip(1..)
+            .map(|(elapsed, round)| {
+                let id = id(round);
                 let line =
                     lines.remove(&id).with_context(|| format!("the shim wrote no timeline of {id}"))?;
                 Ok((elapsed, line))

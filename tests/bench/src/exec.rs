@@ -72,7 +72,7 @@ pub(crate) fn run(runtime: Runtime, rounds: usize, results: &Path) -> Result<Vec
                 let output: Output = lab.exec(id, &format!("e{figure}-{round}"), command)?;
                 ensure!(output.success(), "{name} in {id}: {output}");
                 if round > 0 {
-                    sample.push(of(output.elapsed.as_secs_f64() * 1000.0));
+                    sample.push(of(output.ms()));
                 }
             }
         }

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use spore_harness::containerd::Runtime;
 use spore_harness::job::{CHECKOUT, PAYLOAD};
 
-use crate::lab::{Lab, Timeline, kernel_boot, span};
+use crate::lab::{COLD, Lab, Timeline, kernel_boot, span};
 use crate::report::Row;
 use crate::stats::Sample;
 
@@ -38,7 +38,7 @@ pub(crate) fn run(rounds: usize, results: &Path) -> Result<Vec<Row>> {
     for round in 0..=rounds {
         for (index, (name, kernel, initramfs)) in kernels.iter().enumerate() {
             lab.configure(&format!(
-                "kernel = \"{PAYLOAD}/{CHECKOUT}/{kernel}\"\ninitramfs = \"{PAYLOAD}/{CHECKOUT}/{initramfs}\""
+                "{COLD}\nkernel = \"{PAYLOAD}/{CHECKOUT}/{kernel}\"\ninitramfs = \"{PAYLOAD}/{CHECKOUT}/{initramfs}\""
             ))?;
             let output = lab.run(Runtime::Spore, &id(index, round), &["sh", "-c", SCRIPT])?;
             let kib: Vec<f64> = output.text().lines().filter_map(|line| line.parse().ok()).collect();

@@ -14,6 +14,9 @@ const HOME: &str = "/srv/bench";
 const CONFIG: &str = "/etc/spore/config.toml";
 const TIMELINE: &str = "/srv/bench/timeline.jsonl";
 
+/// A line of Spore's configuration: every guest boots.
+pub(crate) const COLD: &str = "boot_templates = false";
+
 /// The shim's account of one sandbox: marks in nanoseconds of the ground's CLOCK_MONOTONIC.
 pub(crate) type Timeline = Map<String, Value>;
 
@@ -56,6 +59,11 @@ impl Lab {
         Ok(output)
     }
 
+    /// Milliseconds of the whole of a `ctr run --rm IMAGE ID true`.
+    pub(crate) fn whole_run(&self, runtime: Runtime, id: &str) -> Result<f64> {
+        Ok(self.run(runtime, id, &["true"])?.ms())
+    }
+
     /// Starts a container that waits.
     pub(crate) fn detach(&self, runtime: Runtime, id: &str, options: &[&str]) -> Result<()> {
         self.detach_with(runtime, id, options, &["sleep", "100000"])
@@ -69,11 +77,43 @@ impl Lab {
         options: &[&str],
         command: &[&str],
     ) -> Result<()> {
+        self.detach_image(runtime, BUSYBOX, id, options, command)
+    }
+
+    /// The same of another image.
+    pub(crate) fn detach_image(
+        &self,
+        runtime: Runtime,
+        image: &str,
+        id: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> Result<()> {
         let mut args = vec!["run", "--detach", "--runtime", runtime.id()];
         args.extend(options);
-        args.extend([BUSYBOX, id]);
+        args.extend([image, id]);
         args.extend(command);
         self.containerd.must(&args).map(drop)
+    }
+
+    /// Imports an archive of images.
+    pub(crate) fn import(&self, archive: &Path) -> Result<()> {
+        self.containerd.import(archive, "overlayfs", &[])
+    }
+
+    /// `spore ARGS`, which must succeed.
+    pub(crate) fn spore(&self, args: &[&str]) -> Result<Output> {
+        let output = self.containerd.spore(args).run()?;
+        ensure!(output.success(), "spore {}: {output}", args.join(" "));
+        Ok(output)
+    }
+
+    /// `spore ARGS --json`: what it tells, and the milliseconds of the whole command.
+    pub(crate) fn spore_json(&self, args: &[&str]) -> Result<(Value, f64)> {
+        let output = self.spore(&[args, &["--json"]].concat())?;
+        let told = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("spore {}: {output}", args.join(" ")))?;
+        Ok((told, output.ms()))
     }
 
     /// A call of `ctr`.
@@ -117,6 +157,12 @@ impl Lab {
             })
             .collect()
     }
+}
+
+/// Milliseconds of a time in nanoseconds that a command told.
+pub(crate) fn told_ms(told: &Value, name: &str) -> Result<f64> {
+    let ns = told[name].as_f64().with_context(|| format!("no {name} in {told}"))?;
+    Ok(ns / 1e6)
 }
 
 /// Milliseconds between two marks of a timeline.

@@ -12,8 +12,10 @@ mod kernels;
 mod lab;
 mod network;
 mod report;
+mod rounds;
 mod snapshot;
 mod stats;
+mod template;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +34,9 @@ enum Suite {
     Io,
     /// Interfaces: throughput, latency, datagrams and what they cost.
     Network,
+    /// Boot templates and container templates against runc, rollbacks against restores, and how long a container stands still for a
+    /// snapshot as it sees it itself. Only on request.
+    Template,
     /// Guest kernels under Spore: boot time and memory. Only on request.
     Kernels,
     /// The VMM's network data path with a bare-metal guest, on this machine's own `/dev/kvm`. Only on
@@ -58,10 +63,11 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    // What the containers of the network's suite run.
+    // What the containers of two suites run.
     let words: Vec<_> = std::env::args().skip(1).collect();
     let outcome = match words.split_first() {
         Some((verb, rest)) if verb == traffic::VERB => traffic::main(rest),
+        Some((verb, [])) if verb == template::TICK => template::tick(),
         _ => run(&Cli::parse()),
     };
     match outcome {
@@ -88,6 +94,9 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if wanted(Suite::Network) {
         report::publish("network", &network::run(cli.runtime.parse()?, cli.pairs, &results)?, &results)?;
+    }
+    if cli.suites.contains(&Suite::Template) {
+        report::publish("template", &template::run(cli.pairs, &results)?, &results)?;
     }
     if cli.suites.contains(&Suite::Kernels) {
         report::publish("kernels", &kernels::run(cli.pairs, &results)?, &results)?;

@@ -18,6 +18,7 @@ pub(crate) struct Row {
     pub(crate) n: usize,
     pub(crate) median: f64,
     pub(crate) p95: f64,
+    pub(crate) p99: f64,
     pub(crate) unit: &'static str,
     /// The median of what it is compared with, measured in the same run.
     pub(crate) reference: Option<f64>,
@@ -39,6 +40,7 @@ impl Row {
             n: sample.len(),
             median: rounded(sample.median()),
             p95: rounded(sample.p95()),
+            p99: rounded(sample.p99()),
             unit,
             reference: None,
             ratio: None,
@@ -76,18 +78,19 @@ fn rounded(value: f64) -> f64 {
 /// Prints the table and writes `SUITE.json` into `results`.
 pub(crate) fn publish(suite: &str, rows: &[Row], results: &Path) -> Result<()> {
     println!("\n{suite} on ground {}\n", rows.first().map_or("unknown", |row| row.ground.as_str()));
-    println!("| figure | n | median | p95 | min .. max | unit | reference | ratio | target | met |");
-    println!("|---|---|---|---|---|---|---|---|---|---|");
+    println!("| figure | n | median | p95 | p99 | min .. max | unit | reference | ratio | target | met |");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for row in rows {
         let optional =
             |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
         let met = row.met.map_or("-", |met| if met { "yes" } else { "NO" });
         println!(
-            "| {} | {} | {:.1} | {:.1} | {:.1} .. {:.1} | {} | {} | {} | {} | {met} |",
+            "| {} | {} | {:.1} | {:.1} | {:.1} | {:.1} .. {:.1} | {} | {} | {} | {} | {met} |",
             row.name,
             row.n,
             row.median,
             row.p95,
+            row.p99,
             row.spread.0,
             row.spread.1,
             row.unit,

@@ -23,9 +23,17 @@ impl Sample {
         }
     }
 
-    /// The smallest value that 95 of 100 do not exceed (nearest rank); 0 of nothing.
     pub(crate) fn p95(&self) -> f64 {
-        let rank = (self.0.len() * 95).div_ceil(100);
+        self.percentile(95)
+    }
+
+    pub(crate) fn p99(&self) -> f64 {
+        self.percentile(99)
+    }
+
+    /// The smallest value that so many of 100 do not exceed (nearest rank); 0 of nothing.
+    fn percentile(&self, percent: usize) -> f64 {
+        let rank = (self.0.len() * percent).div_ceil(100);
         self.0.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
     }
 
@@ -45,10 +53,10 @@ mod tests {
     #[test]
     fn medians_and_ranks() {
         let sample = Sample::new(vec![4.0, 1.0, 3.0, 2.0]);
-        assert_eq!((sample.median(), sample.p95()), (2.5, 4.0));
+        assert_eq!((sample.median(), sample.p95(), sample.p99()), (2.5, 4.0, 4.0));
         assert_eq!((sample.smallest(), sample.largest(), sample.len()), (1.0, 4.0, 4));
         let hundred = Sample::new((1..=100).map(f64::from).collect());
-        assert_eq!((hundred.median(), hundred.p95()), (50.5, 95.0));
+        assert_eq!((hundred.median(), hundred.p95(), hundred.p99()), (50.5, 95.0, 99.0));
         assert_eq!(Sample::new(Vec::new()).median(), 0.0);
     }
 }

@@ -286,6 +286,11 @@ impl Output {
         self.status.code().unwrap_or(-1)
     }
 
+    /// How long it took, in milliseconds.
+    pub fn ms(&self) -> f64 {
+        self.elapsed.as_secs_f64() * 1000.0
+    }
+
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }

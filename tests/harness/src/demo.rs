@@ -24,6 +24,7 @@ pub fn request(runtime: String) -> Result<Request> {
         env: BTreeMap::new(),
         deadline: DEADLINE,
         machines: 1,
+        applications: false,
     })
 }
 

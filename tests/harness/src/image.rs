@@ -20,6 +20,15 @@ pub const LAYERS: &str = "spore.test/layers:latest";
 /// The same, said to be for another architecture.
 pub const FOREIGN: &str = "spore.test/foreign:latest";
 
+/// Python and PostgreSQL, made by [`crate::host::applications`].
+pub const APPLICATIONS: &str = "spore.test/applications:latest";
+
+/// In [`APPLICATIONS`]: PostgreSQL's programs, its database, and the number of its user, whose name is `postgres` to
+/// the database too.
+pub const POSTGRES_PROGRAMS: &str = "/usr/lib/postgresql/17/bin";
+pub const POSTGRES_DATA: &str = "/var/lib/postgresql/data";
+pub const POSTGRES_USER: u32 = 999;
+
 /// In every image: a file that may not be executed.
 pub const NOT_EXECUTABLE: &str = "/etc/not-executable";
 /// In every image: an executable of another architecture.
@@ -54,6 +63,12 @@ pub fn write_images(busybox: &Path, archive: &Path) -> Result<()> {
 pub fn write_foreign(busybox: &Path, archive: &Path) -> Result<()> {
     let base = base_layer(busybox)?;
     write(&[Image { name: FOREIGN, architecture: "arm64", layers: vec![&base] }], archive)
+}
+
+/// Writes [`APPLICATIONS`], of one layer.
+pub fn write_applications(layer: &Path, archive: &Path) -> Result<()> {
+    let layer = fs::read(layer).with_context(|| format!("reading {}", layer.display()))?;
+    write(&[Image { name: APPLICATIONS, architecture: ARCHITECTURE, layers: vec![&layer] }], archive)
 }
 
 /// The files of [`BUSYBOX`] as a directory, for `ctr run --rootfs`.

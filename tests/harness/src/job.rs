@@ -21,6 +21,9 @@ pub const NOT_INSTALLED: &str = "/run/spore-not-installed";
 /// Directory on it that looks like a checkout in which everything is built.
 pub const CHECKOUT: &str = "spore";
 
+/// Archive on it of the image of applications, when they were asked for.
+pub const APPLICATIONS: &str = "images/applications.tar";
+
 /// A program to run on the ground.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {

@@ -40,6 +40,9 @@ enum Verb {
         /// Outer machines that share the work of a program that can divide it (SPORE_SHARD).
         #[arg(long, default_value_t = 1)]
         machines: u8,
+        /// Give the ground an image of applications that take a while to start (`spore-bench template`).
+        #[arg(long)]
+        applications: bool,
         program: String,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -85,16 +88,17 @@ fn act(verb: Verb) -> Result<u8> {
         Verb::Prepare => {
             let repository = run::repository()?;
             println!("{}", rootfs::prepare(&repository)?.disk().display());
-            println!("{}", payload::prepare(&repository)?.display());
+            println!("{}", payload::prepare(&repository, None)?.display());
             Ok(0)
         }
-        Verb::Run { deadline, env, machines, program, args } => {
+        Verb::Run { deadline, env, machines, applications, program, args } => {
             let env = env
                 .iter()
                 .map(|pair| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned())))
                 .collect::<Option<BTreeMap<_, _>>>()
                 .context("--env takes NAME=VALUE")?;
-            start(run::Request { program, args, env, deadline: Duration::from_secs(deadline), machines })
+            let deadline = Duration::from_secs(deadline);
+            start(run::Request { program, args, env, deadline, machines, applications })
         }
         Verb::Demo { runtime } => start(demo::request(runtime)?),
         Verb::Tour { runtime, host } => demo::tour(&runtime, &host).map(|()| 0),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
 use super::{cache, rootfs};
-use crate::job::CHECKOUT;
+use crate::job::{APPLICATIONS, CHECKOUT};
 
 /// Where cargo leaves the binaries, below the checkout.
 pub const BINARIES: &str = "target/x86_64-unknown-linux-gnu/release";
@@ -41,14 +41,18 @@ const PRODUCT: &[&str] = &[
     "target/guest-slim/initramfs",
 ];
 
-/// The disk image. What is not built is left out; the ground says so when it is asked for.
-pub fn prepare(repository: &Path) -> Result<PathBuf> {
+/// The disk image, with the image of applications when it is given one. What is not built is left out; the ground says so when
+/// it is asked for.
+pub fn prepare(repository: &Path, applications: Option<&Path>) -> Result<PathBuf> {
     let mut present = Vec::new();
     let mut key = cache::Key::default().with("1");
     let mut size = 0;
     let programs = PROGRAMS.iter().map(|(from, to)| (*from, PathBuf::from(to)));
     let product = PRODUCT.iter().map(|from| (*from, Path::new(CHECKOUT).join(from)));
-    for (from, to) in programs.chain(product) {
+    let images = applications.map(|from| (from, PathBuf::from(APPLICATIONS)));
+    let relative = programs.chain(product).map(|(from, to)| (Path::new(from), to));
+    for (from, to) in relative.chain(images) {
+        // A path that is absolute stays what it is.
         let path = repository.join(from);
         match fs::read(&path) {
             Ok(content) => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{cache, direct, machine::Machine, payload, qemu, rootfs};
+use super::{applications, cache, direct, machine::Machine, payload, qemu, rootfs};
 use crate::ground::{self, Decision, Ground, ProbeKit};
 use crate::job::Job;
 use crate::shard::SHARD;
@@ -23,6 +23,8 @@ pub struct Request {
     /// Machines that share the work, where the ground is one: each gets its part by
     /// [`SHARD`](crate::shard::SHARD), and the program divides.
     pub machines: u8,
+    /// Whether the ground gets the image of applications.
+    pub applications: bool,
 }
 
 /// How a ground finished.
@@ -59,7 +61,8 @@ pub fn run(request: Request) -> Result<i32> {
     let decision = decide(&repository)?;
     eprintln!("{}", decision.announce());
     let root = rootfs::prepare(&repository)?;
-    let payload = payload::prepare(&repository)?;
+    let applications = request.applications.then(|| applications::prepare(&repository)).transpose()?;
+    let payload = payload::prepare(&repository, applications.as_deref())?;
     let init = init_binary(&repository)?;
     let results = repository.join("target/testbed").join(name_of(&request.program));
     if results.exists() {
