@@ -62,7 +62,10 @@ pub(crate) fn shown(mounts: &[Mount]) -> Result<Vec<Mount>> {
     // Elsewhere its mount point would be a change of the container's root.
     if has("/dev", "tmpfs") {
         shown.push(read_only(generation::FILE, SHOWN)?);
-        shown.push(read_only(generation::SOCKET, SHOWN_SOCKET)?);
+        // Where it could not be made there is the file alone.
+        if Path::new(generation::SOCKET).exists() {
+            shown.push(read_only(generation::SOCKET, SHOWN_SOCKET)?);
+        }
     }
     Ok(shown)
 }
@@ -145,7 +148,7 @@ mod tests {
             let shown = shown(mounts).unwrap();
             shown.iter().map(|mount| mount.destination().display().to_string()).collect()
         };
-        assert_eq!(at(&[mount("/proc", "proc"), mount("/dev", "tmpfs")]), [KERNELS, SHOWN, SHOWN_SOCKET]);
+        assert_eq!(at(&[mount("/proc", "proc"), mount("/dev", "tmpfs")]), [KERNELS, SHOWN]);
         assert_eq!(at(&[mount("/proc", "tmpfs"), mount("/dev", "bind")]), [""; 0]);
     }
 }

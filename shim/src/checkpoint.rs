@@ -15,9 +15,10 @@ use crate::clone::Identity;
 use crate::config::Machine;
 use crate::error::Error;
 use crate::rootfs::Image;
+use crate::rundir::{Running, running};
 use crate::snapshot::manifest::{FILE, LayerKind, Purpose};
 use crate::snapshot::{
-    ImportError, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
+    ImportError, Manifest, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
 };
 use crate::volumes::SavedVolumes;
 
@@ -102,19 +103,24 @@ pub(crate) fn prune(store: &Store, most: Option<usize>) -> Result<(), StoreError
     store.prune(&aged, 0, SystemTime::now()).map(drop)
 }
 
-/// Removes what a task has hibernated in, but for one.
+/// Removes what a task has hibernated in, but for one, and what any has whose shim is no more, after a power failure say: nothing can
+/// wake there.
 pub(crate) fn forget_hibernations(
     store: &Store,
-    (namespace, container): (&str, &str),
+    run_dir: &Path,
+    own: (&str, &str),
     but: Option<SnapshotId>,
 ) -> Result<(), StoreError> {
-    let own = store.list()?.entries.into_iter().map(|entry| entry.manifest).filter(|manifest| {
-        manifest.purpose == Purpose::Hibernation
-            && (manifest.namespace.as_str(), manifest.container.as_str()) == (namespace, container)
-            && Some(manifest.id) != but
-    });
-    for manifest in own {
-        store.remove(manifest.id)?;
+    for Manifest { id, purpose, namespace, container, .. } in
+        store.list()?.entries.into_iter().map(|entry| entry.manifest)
+    {
+        let of = (namespace.as_str(), container.as_str());
+        if purpose == Purpose::Hibernation
+            && Some(id) != but
+            && (of == own || running(run_dir, of.0, of.1) == Running::default())
+        {
+            store.remove(id)?;
+        }
     }
     Ok(())
 }
@@ -257,7 +263,6 @@ pub(crate) fn memory_file(bytes: &[u8]) -> std::io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::Manifest;
 
     #[test]
     fn a_checkpoint_is_kept_for_a_day_and_snapshots_for_ever() {

@@ -70,7 +70,11 @@ pub(crate) fn main(flags: &Flags) -> Result<(), DeleteError> {
     }
     // Last: the sandbox is gone, whatever comes of this.
     let store = Store::new(&config.state_dir);
-    let forgotten = checkpoint::forget_hibernations(&store, (&flags.namespace, &flags.id), None);
+    let own = (flags.namespace.as_str(), flags.id.as_str());
+    let forgotten = match record.has_hibernated {
+        true => checkpoint::forget_hibernations(&store, &config.run_dir, own, None),
+        false => Ok(()),
+    };
     if let Err(error) = forgotten.and_then(|()| checkpoint::prune(&store, Some(PRUNED))) {
         eprintln!("delete {}: {error}", flags.id);
     }

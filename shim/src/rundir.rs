@@ -52,6 +52,9 @@ pub(crate) struct Record {
     /// The snapshot that its container hibernates in.
     #[serde(default)]
     pub(crate) hibernates_in: Option<SnapshotId>,
+    /// It may have left snapshots that nobody else removes.
+    #[serde(default)]
+    pub(crate) has_hibernated: bool,
 }
 
 /// What others may know of a sandbox that runs.

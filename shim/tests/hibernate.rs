@@ -85,7 +85,9 @@ async fn a_task_hibernates_and_wakes_and_stays_the_same() {
     assert_eq!(scene.status().await, Status::RUNNING);
     let woken = scene.vmm();
     assert_ne!(woken, vmm);
-    scene.goes_on(woken, &scene.disk()).await;
+    let (listed, there) = scene.disk();
+    assert_eq!((listed.len(), &listed), (2, &there), "what it had, and what it writes since");
+    scene.goes_on(woken, &(listed, there)).await;
     assert_eq!(hibernates_in(&scene), None);
 
     let next: SnapshotId = hibernate(&scene).await.unwrap().snapshot.parse().unwrap();
@@ -93,7 +95,9 @@ async fn a_task_hibernates_and_wakes_and_stays_the_same() {
     let times = wake_now(&scene).await.unwrap();
     assert!(times.total_ns > times.restore_ns && times.restore_ns > 0, "{times:?}");
     assert_eq!(scene.status().await, Status::RUNNING);
-    scene.goes_on(scene.vmm(), &scene.disk()).await;
+    let (listed, there) = scene.disk();
+    assert_eq!((listed.len(), &listed), (3, &there));
+    scene.goes_on(scene.vmm(), &(listed, there)).await;
     let (status, message) = code(wake_now(&scene).await);
     assert_eq!(status, Code::FAILED_PRECONDITION, "{message}");
     let again = ["paused", "resumed", "paused", "resumed"].map(|what| format!("/tasks/{what}"));
@@ -109,7 +113,9 @@ async fn one_that_cannot_be_put_away_goes_on() {
     let (_, message) = code(hibernate(&scene).await);
     assert!(message.contains("No space left"), "{message}");
     assert_eq!(scene.status().await, Status::RUNNING);
-    scene.goes_on(vmm, &scene.disk()).await;
+    let (listed, there) = scene.disk();
+    assert_eq!(listed, there);
+    scene.goes_on(vmm, &(listed, there)).await;
     assert_eq!((stored(&scene.host), hibernates_in(&scene)), (vec![], None));
     scene.end().await;
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -18,6 +19,8 @@ pub(crate) const FILE: &str = "/run/spore/generation";
 pub(crate) const SOCKET: &str = "/run/spore/generation.sock";
 /// Most connections of all containers together; further ones are closed.
 const MOST: usize = 256;
+/// Before a failed accept is repeated.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What there is of it. The line is empty until the first Setup.
 #[derive(Debug, Default)]
@@ -33,7 +36,7 @@ impl Generation {
     /// Serves the socket while the guest runs. Without it there is still the file.
     pub async fn serve(self: Arc<Self>) {
         let error = match bind(Path::new(SOCKET)) {
-            Ok(listener) => accept(listener, &self.0, MOST).await,
+            Ok(listener) => return accept(listener, &self.0, MOST).await,
             Err(error) => error,
         };
         say!("{SOCKET}: {error}");
@@ -50,7 +53,7 @@ fn bind(at: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn accept(listener: UnixListener, current: &watch::Sender<String>, most: usize) -> io::Error {
+async fn accept(listener: UnixListener, current: &watch::Sender<String>, most: usize) {
     let places = Arc::new(Semaphore::new(most));
     loop {
         match listener.accept().await {
@@ -63,7 +66,11 @@ async fn accept(listener: UnixListener, current: &watch::Sender<String>, most: u
                     drop(place);
                 });
             }
-            Err(error) => return error,
+            // Short of descriptors, for now.
+            Err(error) => {
+                say!("{SOCKET}: accept: {error}");
+                tokio::time::sleep(AGAIN).await;
+            }
         }
     }
 }
@@ -89,8 +96,6 @@ async fn attend(mut connection: UnixStream, mut current: watch::Receiver<String>
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const DEADLINE: Duration = Duration::from_secs(60);

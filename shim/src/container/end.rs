@@ -2,7 +2,6 @@
 //! or with the shim. A guest is asked first; one that does not obey in time loses its VM.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -46,14 +45,14 @@ pub(super) struct Ending {
     /// The shim has to go; clients are not waited for.
     hurried: watch::Sender<bool>,
     /// SIGKILL was sent.
-    killed: AtomicBool,
+    killed: watch::Sender<bool>,
     holder: Arc<AsyncFd<OwnedFd>>,
 }
 
 impl Ending {
     pub(super) fn new(holder: Arc<AsyncFd<OwnedFd>>) -> Self {
         let flag = || watch::Sender::new(false);
-        Self { over: flag(), cut: flag(), hurried: flag(), killed: AtomicBool::new(false), holder }
+        Self { over: flag(), cut: flag(), hurried: flag(), killed: flag(), holder }
     }
 
     pub(super) fn is_hurried(&self) -> bool {
@@ -62,7 +61,16 @@ impl Ending {
 
     /// Whether somebody wants the process to end who cannot be refused.
     pub(super) fn is_meant(&self) -> bool {
-        self.is_hurried() || self.killed.load(Ordering::Acquire)
+        self.is_hurried() || *self.killed.borrow()
+    }
+
+    /// Waits until somebody does, or the process has ended.
+    pub(super) async fn over_or_meant(&self) {
+        tokio::select! {
+            () = set(&self.over) => {}
+            () = set(&self.hurried) => {}
+            () = set(&self.killed) => {}
+        }
     }
 
     /// Waits for the process's end.
@@ -268,7 +276,7 @@ impl Container {
         }
         let fatal = signal == libc::SIGKILL.unsigned_abs();
         if fatal {
-            self.ending.killed.store(true, Ordering::Release);
+            self.ending.killed.send_replace(true);
             tokio::spawn(Arc::clone(self).insist());
         }
         let sent = loop {

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use slog::{info, warn};
+use ttrpc::Code;
 
 use super::rollback::{Wanted, ended};
 use super::{Container, Exec, Live, Phase, RolledBack};
@@ -29,6 +30,9 @@ use crate::vm::{HostFiles, Then};
 
 /// How long the streams may take to come to rest. They have to do with no client.
 const REST: Duration = Duration::from_secs(10);
+/// How long a guest that goes on may take to have streams again, and how often it is asked.
+const STIRRED: Duration = Duration::from_secs(30);
+const BETWEEN: Duration = Duration::from_millis(100);
 const HIBERNATE: &str = "hibernate";
 const RESUME: &str = "resume";
 const PUT_AWAY: &str = "put away the machine of";
@@ -58,7 +62,11 @@ impl Container {
     }
 
     /// Returns when the machine is gone. A container that runs is paused first; if it cannot be put away it runs again.
-    pub(crate) async fn hibernate(self: &Arc<Self>, store: &Store) -> Result<Hibernated, Error> {
+    pub(crate) async fn hibernate(
+        self: &Arc<Self>,
+        config: &Config,
+        store: &Store,
+    ) -> Result<Hibernated, Error> {
         let begun = Instant::now();
         // Snapshots that are being written, and layers that are being merged, come first.
         let _alone = self.staying.write().await;
@@ -67,7 +75,7 @@ impl Container {
         if phase == Phase::Running {
             self.freeze(true).await?;
         }
-        match self.put_away(store, begun).await {
+        match self.put_away((config, store), begun).await {
             Ok(done) => {
                 info!(self.log, "hibernates"; "snapshot" => %done.snapshot, "times" => ?done);
                 Ok(done)
@@ -83,13 +91,20 @@ impl Container {
         }
     }
 
-    async fn put_away(&self, store: &Store, begun: Instant) -> Result<Hibernated, Error> {
+    async fn put_away(
+        &self,
+        (config, store): (&Config, &Store),
+        begun: Instant,
+    ) -> Result<Hibernated, Error> {
         let mut disks = self.disks.lock().await;
         let prepared = self.prepare(store, &mut disks).await?;
         let _turn = self.turn.lock().await;
         let live = self.live();
         let rested = match self.may_change_machines(PUT_AWAY) {
-            Ok(Phase::Paused) => self.come_to_rest(&live).await,
+            Ok(Phase::Paused) => match self.execs_all_told().await {
+                Ok(()) => self.come_to_rest(&live).await,
+                refused => refused,
+            },
             Ok(_) => Err(Error::State("hibernate: the container was resumed meanwhile".into())),
             Err(error) => Err(error),
         };
@@ -111,25 +126,30 @@ impl Container {
         let written = tokio::select! {
             biased;
             // What comes into the store all the same goes with the task.
-            () = self.ending.over() => Err(ended(HIBERNATE)),
+            () = self.ending.over_or_meant() => Err(ended(HIBERNATE)),
             written = self.finish(taken, Purpose::Hibernation) => written,
         };
         let snapshot = match written {
-            Ok(snapshot) if !self.is_ending() => snapshot,
+            Ok(snapshot) if !self.is_ending() && self.untold_exec().is_none() => snapshot,
             other => {
                 self.go_on(&live).await;
-                return Err(other.err().unwrap_or_else(|| ended(HIBERNATE)));
+                let ended = || self.untold_exec().map_or_else(|| ended(HIBERNATE), |exec| untold(&exec));
+                return Err(other.err().unwrap_or_else(ended));
             }
         };
         // From here on there is nothing that it could go back to. Nothing was waited for since it was known not to have ended.
         let (vm, guest) = (Arc::clone(&live.vm), Arc::clone(&live.guest));
         self.live.send_replace(Arc::new(Live { vm, guest, asleep: Some(snapshot) }));
         self.note_sleep(Some(snapshot));
-        self.network.unfollow().await;
         live.vm.retire().await;
+        // Whoever looks at the namespace just now does it to the end.
+        let held = self.network.hold().await;
+        self.network.unfollow().await;
+        drop(held);
         let total = begun.elapsed();
-        let (store, namespace, id) = (store.clone(), self.events.namespace().to_owned(), self.id.clone());
-        let forget = move || forget_hibernations(&store, (&namespace, &id), Some(snapshot));
+        let (store, run_dir) = (store.clone(), config.run_dir.clone());
+        let (namespace, id) = (self.events.namespace().to_owned(), self.id.clone());
+        let forget = move || forget_hibernations(&store, &run_dir, (&namespace, &id), Some(snapshot));
         if let Err(error) = blocking(forget).await {
             // It goes with the task at the latest.
             warn!(self.log, "what the container hibernated in before is not removed"; "error" => %error);
@@ -137,9 +157,26 @@ impl Container {
         Ok(Hibernated { snapshot, total, rest, save, write: total.saturating_sub(rest + save) })
     }
 
+    /// One whose end is known, and whose clients still read what it has written: another machine would not have that.
+    fn untold_exec(&self) -> Option<Arc<Exec>> {
+        self.execs().into_iter().find(|exec| exec.phase() == Phase::Running && exec.has_ended())
+    }
+
+    async fn execs_all_told(&self) -> Result<(), Error> {
+        let deadline = tokio::time::Instant::now() + REST;
+        while let Some(exec) = self.untold_exec() {
+            let told = tokio::time::timeout_at(deadline, Arc::clone(&exec).wait()).await;
+            told.map_err(|_| untold(&exec))?;
+        }
+        Ok(())
+    }
+
     /// For whoever lists containers, or removes snapshots.
     fn note_sleep(&self, in_snapshot: Option<SnapshotId>) {
-        let noted = self.live().vm.dir().record(|record| record.hibernates_in = in_snapshot);
+        let noted = self.live().vm.dir().record(|record| {
+            record.hibernates_in = in_snapshot;
+            record.has_hibernated = true;
+        });
         if let Err(error) = noted {
             warn!(self.log, "it is not recorded that the container hibernates, or does no more"; "error" => %error);
         }
@@ -171,7 +208,13 @@ impl Container {
         let told = live.ask(RESTING, live.guest.rest(&self.guest_id, false)).await;
         if let Err(error @ Error::Guest(GuestError::Refused { .. })) = told {
             all.iter().for_each(|streams| streams.give_up());
-            return Err(error);
+            return Err(match error {
+                Error::Guest(GuestError::Refused { code: Code::UNIMPLEMENTED, .. }) => Error::State(
+                    "hibernate: the agent of the container's machine does not know how, as it was restored from an older snapshot; start the container anew"
+                        .into(),
+                ),
+                other => other,
+            });
         }
         let rested = async {
             told?;
@@ -206,22 +249,34 @@ impl Container {
     }
 
     async fn stir_one(&self, live: &Live, exec_id: &str, terminal: bool, streams: &Streams) {
-        let found = streams.find_again(&live.guest, (&self.guest_id, exec_id), terminal);
-        match live.ask("connecting standard streams", found).await {
-            Ok(ends) => streams.go_on_with(ends),
-            Err(error) => {
-                warn!(self.log, "a process goes on without its streams"; "exec" => exec_id, "error" => %error);
-                streams.give_up();
+        let deadline = tokio::time::Instant::now() + STIRRED;
+        loop {
+            let found = streams.find_again(&live.guest, (&self.guest_id, exec_id), terminal);
+            match live.ask("connecting standard streams", found).await {
+                Ok(ends) => return streams.go_on_with(ends),
+                // A guest under load.
+                Err(Error::Guest(error)) if tokio::time::Instant::now() < deadline => {
+                    warn!(self.log, "streams cannot be had again yet"; "exec" => exec_id, "error" => %error);
+                    tokio::time::sleep(BETWEEN).await;
+                }
+                Err(error) => {
+                    warn!(self.log, "a process goes on without its streams"; "exec" => exec_id, "error" => %error);
+                    return streams.give_up();
+                }
             }
         }
     }
 
-    /// Another machine takes the place of the one that was put away. The container stays paused. What fails leaves it as it is.
-    pub(crate) async fn wake(self: &Arc<Self>, config: &Config, store: &Store) -> Result<RolledBack, Error> {
+    /// Another machine takes the place of the one that was put away, if there is none. The container stays paused. What fails leaves it
+    /// as it is.
+    pub(crate) async fn wake(
+        self: &Arc<Self>,
+        config: &Config,
+        store: &Store,
+    ) -> Result<Option<RolledBack>, Error> {
         let begun = Instant::now();
         let _alone = self.staying.write().await;
-        let none = || Error::State("resume: the container does not hibernate".into());
-        let from = self.live().asleep.ok_or_else(none)?;
+        let Some(from) = self.live().asleep else { return Ok(None) };
         let (opened, namespace, id) = (store.clone(), self.events.namespace().to_owned(), self.id.clone());
         let only = &[Purpose::Hibernation];
         let mut restored = blocking(move || Restored::own(&opened, from, (&namespace, &id), only)).await?;
@@ -270,6 +325,13 @@ impl Container {
         self.settle_down(&live, &old, next.network, rewind, &left).await;
         times.total = begun.elapsed();
         info!(self.log, "awake"; "snapshot" => %from, "vmm" => live.vm.id().pid, "times" => ?times);
-        Ok(times)
+        Ok(Some(times))
     }
+}
+
+fn untold(exec: &Exec) -> Error {
+    Error::State(format!(
+        "hibernate: exec {} has ended, and what it has written is still being read; ask again when that is done",
+        exec.id
+    ))
 }

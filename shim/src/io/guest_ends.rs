@@ -52,12 +52,6 @@ impl GuestEnds {
             }
             return Ok(ends);
         }
-        if wanted.stdin
-            && let Some(stream) = open("stdin", Kind::Stdin).await?
-        {
-            // Nothing comes back on it.
-            ends.stdin = Some(stream.into_split().1);
-        }
         for (name, kind, wanted) in
             [(STDOUT, Kind::Stdout, wanted.stdout), (STDERR, Kind::Stderr, wanted.stderr)]
         {
@@ -67,6 +61,13 @@ impl GuestEnds {
                 let (from, keep) = stream.into_split();
                 ends.outputs.push(GuestOutput { name, from, _keep: Some(keep) });
             }
+        }
+        // Last: to be hung up, because another cannot be had, is its end for the process.
+        if wanted.stdin
+            && let Some(stream) = open("stdin", Kind::Stdin).await?
+        {
+            // Nothing comes back on it.
+            ends.stdin = Some(stream.into_split().1);
         }
         Ok(ends)
     }

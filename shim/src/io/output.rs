@@ -54,10 +54,15 @@ impl Pending {
         self.start == self.end
     }
 
-    /// For what follows.
+    /// For what follows. There is never more than twice what is pending.
     fn room(&mut self) -> &mut [u8] {
         if self.is_empty() {
             (self.start, self.end) = (0, 0);
+            self.buffer.truncate(CHUNK);
+        }
+        if self.start >= CHUNK {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
         }
         if self.buffer.len() - self.end < CHUNK {
             self.buffer.resize(self.end + CHUNK, 0);
@@ -94,7 +99,7 @@ pub(super) async fn copy_outputs(
             warn!(log, "stream broken"; "stream" => name, "bytes" => total, "error" => %error);
         }
         shared.counts.send_modify(|counts| counts.resting += 1);
-        current = follower(&mut next, &mut shared.resting).await;
+        current = follower(&mut next, &mut shared, sink.as_mut(), &mut pending).await;
         let last = current.is_none();
         if last {
             let finished = finish(sink.take(), &mut pending, &shared.progress).await;
@@ -110,15 +115,25 @@ pub(super) async fn copy_outputs(
     }
 }
 
-/// The machine that there is after one, or the one that comes while the streams rest.
+/// The machine that there is after one, or the one that comes while the streams rest. Meanwhile the client takes what is pending.
 async fn follower(
     next: &mut mpsc::UnboundedReceiver<GuestOutput>,
-    resting: &mut watch::Receiver<bool>,
+    shared: &mut Shared,
+    mut sink: Option<&mut Sink>,
+    pending: &mut Pending,
 ) -> Option<GuestOutput> {
-    tokio::select! {
-        biased;
-        Some(found) = next.recv() => Some(found),
-        _ = resting.wait_for(|resting| !*resting) => None,
+    loop {
+        tokio::select! {
+            biased;
+            Some(found) = next.recv() => return Some(found),
+            _ = shared.resting.wait_for(|resting| !*resting) => return None,
+            written = pending.write_to(sink.as_deref_mut(), &shared.progress), if !pending.is_empty() => {
+                if written.is_err() {
+                    // Who reads it is gone for good; its end says so.
+                    pending.start = pending.end;
+                }
+            }
+        }
     }
 }
 

@@ -7,18 +7,23 @@ use crate::error::Error;
 
 impl Sandbox {
     pub(crate) async fn hibernate(&self, id: &str) -> Result<Hibernated, Error> {
-        self.container(id)?.hibernate(&self.store()).await
+        self.container(id)?.hibernate(&self.context.config, &self.store()).await
     }
 
     /// Lets a paused container run. One that hibernates gets a machine first; how long that took.
     pub(crate) async fn resume(&self, id: &str) -> Result<Option<RolledBack>, Error> {
         let container = self.container(id)?;
-        let woken = match container.is_asleep() {
-            true => Some(container.wake(&self.context.config, &self.store()).await?),
-            false => None,
-        };
-        container.freeze(false).await?;
-        Ok(woken)
+        loop {
+            let woken = match container.is_asleep() {
+                true => container.wake(&self.context.config, &self.store()).await?,
+                false => None,
+            };
+            match container.freeze(false).await {
+                // It was being put away when this was asked.
+                Err(_) if container.is_asleep() => {}
+                outcome => return outcome.map(|()| woken),
+            }
+        }
     }
 
     /// Of a container that has been deleted.
@@ -26,8 +31,10 @@ impl Sandbox {
         if !container.has_hibernated() {
             return;
         }
-        let (store, namespace, id) = (self.store(), self.context.namespace.clone(), container.id.clone());
-        let forgotten = blocking(move || forget_hibernations(&store, (&namespace, &id), None)).await;
+        let (store, run_dir) = (self.store(), self.context.config.run_dir.clone());
+        let (namespace, id) = (self.context.namespace.clone(), container.id.clone());
+        let forget = move || forget_hibernations(&store, &run_dir, (&namespace, &id), None);
+        let forgotten = blocking(forget).await;
         if let Err(error) = forgotten {
             slog::warn!(self.context.log, "what the task hibernated in is not removed"; "task" => &container.id, "error" => %error);
         }

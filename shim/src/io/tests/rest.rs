@@ -35,6 +35,30 @@ async fn what_a_machine_has_sent_is_kept_until_the_client_takes_it() {
 }
 
 #[tokio::test]
+async fn a_client_takes_what_was_sent_while_there_is_no_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "stdout");
+    let (streams, mut first) = output_to(&path).await;
+    let data = pattern(1 << 20);
+    let sent = data.clone();
+    streams.rest();
+    let writer = tokio::spawn(async move {
+        first.write_all(&sent).await.unwrap();
+        first.shutdown().await.unwrap();
+        first
+    });
+    in_time(streams.at_rest()).await;
+    drop(writer.await.unwrap());
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut all = vec![0; 1 << 20];
+        File::open(path).unwrap().read_exact(&mut all).map(|()| all)
+    });
+    assert!(in_time(reader).await.unwrap().unwrap() == data);
+    streams.give_up();
+    assert!(streams.settle(DEADLINE, DEADLINE).await);
+}
+
+#[tokio::test]
 async fn what_was_sent_is_the_end_when_no_machine_follows() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");

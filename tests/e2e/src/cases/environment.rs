@@ -18,10 +18,10 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// Identity, capabilities, limits, environment, devices, mounts, masked and read-only paths.
-/// Not compared: the boot id and the generation, which are the sandbox's own and therefore mounted; the link to `/proc/kcore`, which libcontainer calls kcore and runc core.
+/// Not compared: the boot id and the generation with its socket, which are the sandbox's own and therefore mounted; the link to `/proc/kcore`, which libcontainer calls kcore and runc core.
 const ASK: &str = "id; pwd; umask; env | sort; ulimit -n; \
     grep -E '^(Cap|NoNewPrivs|Groups)' /proc/self/status; \
-    ls /dev | grep -v -e core -e spore | sort; awk '$2 != \"/\" && $2 !~ /boot_id$|generation$/ { print $2, $3 }' /proc/mounts | sort; \
+    ls /dev | grep -v -e core -e spore | sort; awk '$2 != \"/\" && $2 !~ /boot_id$|generation(\\.sock)?$/ { print $2, $3 }' /proc/mounts | sort; \
     for f in /proc/kcore /proc/keys; do wc -c < $f; done; \
     for f in /proc/sys/kernel/hostname /proc/sysrq-trigger; do ( echo x > $f ) 2>&1; done; \
     ls /proc/acpi /sys/firmware 2>/dev/null | wc -l";

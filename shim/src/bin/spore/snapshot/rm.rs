@@ -33,7 +33,7 @@ fn check(store: &Store, meant: &[SnapshotId]) -> Result<(), Failure> {
             && running(&run_dir, namespace, container).hibernates_in == Some(*id)
         {
             return Err(Failure::Refused(format!(
-                "snapshot {id}: container {} in namespace {} hibernates in it; resume or delete the container",
+                "snapshot {id}: container {} in namespace {} hibernates in it; resume the container, or kill and delete it",
                 show::name(container.as_bytes()),
                 show::name(namespace.as_bytes())
             )));

@@ -9,12 +9,13 @@ use super::Scene;
 use super::keeper::{ECHO, Keeper};
 use crate::cases::{expect_contains, expect_equal};
 
-/// Lines that a process writes while it is put away, and that another is sent and sends back.
+/// Lines that a process is sent and sends back.
 const LINES: usize = 20_000;
-const WRITER: &str = "n=0; while [ $n -lt 20000 ]; do n=$((n+1)); echo line $n; done";
+/// Writes lines until it is told to stop.
+const WRITER: &str = "n=0; while [ ! -e /stop ]; do n=$((n+1)); echo line $n; done";
 
-fn lines() -> String {
-    (1..=LINES).map(|number| format!("line {number}\n")).collect()
+fn lines(count: usize) -> String {
+    (1..=count).map(|number| format!("line {number}\n")).collect()
 }
 
 /// `spore ps`'s status of it.
@@ -74,7 +75,7 @@ pub(super) fn and_resume(subject: &Subject) -> Result<()> {
         anyhow::bail!("no hibernation is listed, or several")
     };
     for (args, part) in [
-        (&["snapshot", "rm", snapshot][..], "hibernates in it; resume or delete the container"),
+        (&["snapshot", "rm", snapshot][..], "hibernates in it; resume the container, or kill and delete it"),
         (&["snapshot", "create", &keeper.id], "hibernates; resume it first"),
         (&["hibernate", &keeper.id], "hibernates; resume it first"),
         (&["fs", "cat", &keeper.id, "/v"], "hibernates; resume it first"),
@@ -130,17 +131,23 @@ pub(super) fn streams(subject: &Subject) -> Result<()> {
     let keeper = Keeper::start(subject)?;
     let mut writer = keeper.exec("writer", WRITER)?;
     let mut reader = keeper.exec("reader", "while read line; do echo \"$line\"; done")?;
-    let expected = lines();
+    let expected = lines(LINES);
     writer.says("line 1\n")?;
     for part in expected.as_bytes().chunks(expected.len() / 3 + 1) {
         // More than the process can have read.
         reader.feed(part)?;
+        ensure!(!writer.ended()?, "the writer has ended");
         keeper.sleeps()?;
         keeper.wakes()?;
     }
     reader.close_stdin();
-    let written = writer.wait()?;
-    ensure!(written.text() == expected, "{} of {} bytes arrive", written.stdout.len(), expected.len());
+    keeper.scene.says(&keeper.id, "touch /stop")?;
+    let written = writer.wait()?.text();
+    ensure!(
+        written == lines(written.lines().count()),
+        "{} bytes arrive, and not the lines one after the other",
+        written.len()
+    );
     let read = reader.wait()?;
     ensure!(read.text() == expected, "{} of {} bytes come back", read.stdout.len(), expected.len());
     Ok(())
