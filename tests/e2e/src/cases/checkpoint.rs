@@ -30,7 +30,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::rollback_back_and_forth", rollback::back_and_forth).spore_only().alone().starts(3),
     Case::new("checkpoint::rollback_refused", rollback::refusals).spore_only().starts(2),
     Case::new("checkpoint::hibernate_and_resume", hibernate::and_resume).spore_only().alone().starts(6),
-    Case::new("checkpoint::hibernate_loses_no_byte", hibernate::streams).spore_only().starts(4),
+    Case::new("checkpoint::hibernate_loses_no_byte", hibernate::streams)
+        .spore_only()
+        .newest_unless_soak()
+        .starts(4),
     Case::new("checkpoint::a_killed_restore_leaves_no_disk", disks::a_killed_restore)
         .spore_only()
         .alone()
