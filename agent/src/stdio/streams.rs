@@ -190,17 +190,17 @@ async fn output(
         () = told(parting) => None,
         stopped = outgoing(&pipe, &mut unsent, connection) => Some(stopped),
     };
-    match stopped {
-        None => {
-            pump::finish(connection);
-            Some(End::Output(pipe, unsent))
-        }
-        Some(Stopped::SourceEnded | Stopped::SourceFailed(_)) => {
-            pump::finish(connection);
-            None
-        }
-        Some(Stopped::DestinationFailed(_)) => Some(End::Output(pipe, unsent)),
+    waits_again(stopped.as_ref(), connection).then_some(End::Output(pipe, unsent))
+}
+
+/// Whether there is more of an output, which has stopped, or parted from its connection, for the next one. Unless the connection
+/// broke, its direction ends.
+fn waits_again(stopped: Option<&Stopped>, connection: &Watched) -> bool {
+    if matches!(stopped, Some(Stopped::DestinationFailed(_))) {
+        return true;
     }
+    pump::finish(connection);
+    stopped.is_none()
 }
 
 /// A process that writes nothing shows nothing of a connection that is gone.
@@ -230,18 +230,11 @@ async fn terminal(
             () = told(parting) => None,
         }
     };
-    match stopped {
-        None => {
-            pump::finish(connection);
-            let _ = typed.fill(connection).await;
-            Some(End::Terminal(master, unsent, typed))
-        }
-        Some(Stopped::SourceEnded | Stopped::SourceFailed(_)) => {
-            pump::finish(connection);
-            None
-        }
-        Some(Stopped::DestinationFailed(_)) => Some(End::Terminal(master, unsent, typed)),
+    let again = waits_again(stopped.as_ref(), connection);
+    if stopped.is_none() {
+        let _ = typed.fill(connection).await;
     }
+    again.then_some(End::Terminal(master, unsent, typed))
 }
 
 /// A connected, non-blocking socket for [`Attachment::run`].

@@ -300,15 +300,8 @@ impl Container {
             to: from,
         };
         let (mut times, standing) = (RolledBack::default(), Instant::now());
-        let made = async {
-            let next = tokio::select! {
-                biased;
-                () = self.ending.over() => Err(ended(RESUME)),
-                next = self.build_next(&old, &vm, (network, standing), wanted, &mut times) => next,
-            }?;
-            let rewind = self.commit_disk(rewind, RESUME, &mut times).await?;
-            Ok::<_, Error>((next, rewind))
-        };
+        let made =
+            self.build_and_commit(&old, &vm, (network, standing), wanted, (rewind, RESUME), &mut times);
         let (mut next, rewind) = match made.await {
             Ok(made) => made,
             Err(error) => {

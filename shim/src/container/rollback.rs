@@ -202,15 +202,7 @@ impl Container {
                 return Err(error.into());
             }
         }
-        let made = async {
-            let built = tokio::select! {
-                biased;
-                () = self.ending.over() => Err(ended(ROLLBACK)),
-                built = self.build_next(old, vm, (network, paused), wanted, times) => built,
-            }?;
-            let rewind = self.commit_disk(rewind, ROLLBACK, times).await?;
-            Ok((built, rewind))
-        };
+        let made = self.build_and_commit(old, vm, (network, paused), wanted, (rewind, ROLLBACK), times);
         match made.await {
             Ok(made) => Ok(made),
             Err(error) => {
@@ -227,13 +219,32 @@ impl Container {
         }
     }
 
+    /// The machine, with the task's disk, unless the task ends before.
+    pub(super) async fn build_and_commit(
+        self: &Arc<Self>,
+        old: &Live,
+        vm: &Arc<Vm>,
+        network: (Held, Instant),
+        wanted: Wanted<'_>,
+        (rewind, operation): (Rewind, &str),
+        times: &mut RolledBack,
+    ) -> Result<(Next, Rewind), Error> {
+        let next = tokio::select! {
+            biased;
+            () = self.ending.over() => Err(ended(operation)),
+            next = self.build_next(old, vm, network, wanted, times) => next,
+        }?;
+        let rewind = self.commit_disk(rewind, operation, times).await?;
+        Ok((next, rewind))
+    }
+
     /// The task has ended, or is going to: a signal that cannot be caught may have reached the machine that there is.
     pub(super) fn is_ending(&self) -> bool {
         self.is_over() || self.is_lost() || self.ending.is_meant()
     }
 
     /// The list of the disk's layers, durably; unless the task has ended meanwhile.
-    pub(super) async fn commit_disk(
+    async fn commit_disk(
         &self,
         mut rewind: Rewind,
         operation: &str,

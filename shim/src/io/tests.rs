@@ -63,6 +63,17 @@ async fn output_to(path: &Path) -> (Streams, UnixStream) {
     (streams, guest)
 }
 
+/// Streams that carry a fifo to a guest's standard input, and the guest's end of it.
+async fn input_from(path: &Path) -> (Streams, UnixStream) {
+    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
+    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
+    let (shim, guest) = UnixStream::pair().unwrap();
+    let mut streams = Streams::new(&log());
+    streams.input = waiting(ends.stdin, shim.into_split().1);
+    streams.start_input().unwrap();
+    (streams, guest)
+}
+
 #[tokio::test]
 async fn sixty_four_mebibytes_reach_a_slow_reader_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
@@ -282,12 +293,7 @@ async fn another_machines_output_follows_all_of_the_first_ones() {
 async fn input_goes_to_the_machine_that_there_is_and_its_end_to_every_one() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
-    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
-    let (shim, mut first) = UnixStream::pair().unwrap();
-    let mut streams = Streams::new(&log());
-    streams.input = waiting(ends.stdin, shim.into_split().1);
-    streams.start_input().unwrap();
+    let (streams, mut first) = input_from(&path).await;
     let write = |text: &'static [u8]| {
         let path = path.clone();
         tokio::task::spawn_blocking(move || {

@@ -6,22 +6,27 @@ async fn in_time<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, what).await.unwrap()
 }
 
+/// A machine sends this, and is put away.
+async fn put_away(streams: &Streams, mut machine: UnixStream, last: Vec<u8>) {
+    streams.rest();
+    let writer = tokio::spawn(async move {
+        machine.write_all(&last).await.unwrap();
+        machine.shutdown().await.unwrap();
+        machine
+    });
+    in_time(streams.at_rest()).await;
+    drop(writer.await.unwrap());
+}
+
 #[tokio::test]
 async fn what_a_machine_has_sent_is_kept_until_the_client_takes_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let (streams, mut first) = output_to(&path).await;
+    let (streams, first) = output_to(&path).await;
     // More than the fifo and the socket hold.
     let data = pattern(1 << 20);
     let expected = [&data[..], b"and more"].concat();
-    streams.rest();
-    let writer = tokio::spawn(async move {
-        first.write_all(&data).await.unwrap();
-        first.shutdown().await.unwrap();
-        first
-    });
-    in_time(streams.at_rest()).await;
-    drop(writer.await.unwrap());
+    put_away(&streams, first, data).await;
     let reader = tokio::task::spawn_blocking(move || {
         let mut all = Vec::new();
         File::open(path).unwrap().read_to_end(&mut all).map(|_| all)
@@ -38,17 +43,9 @@ async fn what_a_machine_has_sent_is_kept_until_the_client_takes_it() {
 async fn a_client_takes_what_was_sent_while_there_is_no_machine() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let (streams, mut first) = output_to(&path).await;
+    let (streams, first) = output_to(&path).await;
     let data = pattern(1 << 20);
-    let sent = data.clone();
-    streams.rest();
-    let writer = tokio::spawn(async move {
-        first.write_all(&sent).await.unwrap();
-        first.shutdown().await.unwrap();
-        first
-    });
-    in_time(streams.at_rest()).await;
-    drop(writer.await.unwrap());
+    put_away(&streams, first, data.clone()).await;
     let reader = tokio::task::spawn_blocking(move || {
         let mut all = vec![0; 1 << 20];
         File::open(path).unwrap().read_exact(&mut all).map(|()| all)
@@ -62,11 +59,8 @@ async fn a_client_takes_what_was_sent_while_there_is_no_machine() {
 async fn what_was_sent_is_the_end_when_no_machine_follows() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdout");
-    let (streams, mut first) = output_to(&path).await;
-    streams.rest();
-    first.write_all(b"the last words").await.unwrap();
-    first.shutdown().await.unwrap();
-    in_time(streams.at_rest()).await;
+    let (streams, first) = output_to(&path).await;
+    put_away(&streams, first, b"the last words".to_vec()).await;
     let reader = tokio::task::spawn_blocking(move || std::fs::read(path));
     assert!(!streams.settle(Duration::from_millis(200), DEADLINE).await, "a machine may follow");
     streams.give_up();
@@ -78,12 +72,7 @@ async fn what_was_sent_is_the_end_when_no_machine_follows() {
 async fn input_is_one_machines_or_the_next_ones() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(&dir, "stdin");
-    let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
-    let ends = Ends::open(&stdio, "default", "c").await.unwrap();
-    let (shim, mut first) = UnixStream::pair().unwrap();
-    let mut streams = Streams::new(&log());
-    streams.input = waiting(ends.stdin, shim.into_split().1);
-    streams.start_input().unwrap();
+    let (streams, mut first) = input_from(&path).await;
     let data = pattern(4 << 20);
     let sent = data.clone();
     let client = tokio::task::spawn_blocking(move || {
