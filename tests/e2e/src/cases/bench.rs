@@ -12,7 +12,7 @@ use spore_harness::call::Output;
 use spore_harness::image::BUSYBOX;
 use spore_harness::wait;
 
-use super::checkpoint::SHOWN;
+use super::checkpoint::{SHOWN, inventory_after_a_snapshot};
 use super::{Case, expect_contains, expect_equal};
 
 pub(crate) const CASES: &[Case] = &[
@@ -38,12 +38,7 @@ fn refused(subject: &Subject, args: &[&str], status: i32, part: &str) -> Result<
 
 /// All of them succeed; a second report is compared with the first, and drawn.
 fn every_operation(subject: &Subject) -> Result<()> {
-    subject.warm_up()?;
-    // The first snapshot makes the store's directory and the digest of the image's disk, which stay.
-    let once = ["bench", "snapshot", "--image", BUSYBOX, "--count", "1", "--warm-up", "0"];
-    let output = subject.spore(&once)?.run()?;
-    ensure!(output.success(), "{once:?}: {output}");
-    let before = subject.inventory()?;
+    let before = inventory_after_a_snapshot(subject)?;
     refused(
         subject,
         &["create", "--image", "nobody/nothing:1"],

@@ -15,6 +15,7 @@ use serde_json::Value;
 use spore_harness::bed::Subject;
 use spore_harness::call::{Output, Running};
 use spore_harness::image::BUSYBOX;
+use spore_harness::leftovers::Inventory;
 use spore_harness::wait;
 
 use super::{Case, expect_contains, expect_equal};
@@ -248,6 +249,17 @@ fn with_volumes(subject: &Subject) -> Result<()> {
     Ok(())
 }
 
+/// What exists once a snapshot has been taken: the store's directory and the digest of the image's disk stay.
+pub(super) fn inventory_after_a_snapshot(subject: &Subject) -> Result<(Inventory, Vec<String>)> {
+    let mut scene = Scene::new(subject);
+    let id = scene.start("first", COUNTER)?;
+    let created = subject.spore(&["snapshot", "create", &id])?.run()?;
+    let removed = subject.spore(&["snapshot", "rm", created.text().trim_end()])?.run()?;
+    ensure!(removed.success(), "{created}; {removed}");
+    drop(scene);
+    subject.inventory()
+}
+
 /// A directory, removed with the value.
 struct Removed(PathBuf);
 
@@ -266,10 +278,8 @@ fn snapshot_command(subject: &Subject) -> Result<()> {
         expect_contains("standard error", &output.errors(), "spore: error: ")?;
         expect_contains("standard error", &output.errors(), part)
     };
-    subject.warm_up()?;
-    // It makes the store's directory, which stays.
+    let before = inventory_after_a_snapshot(subject)?;
     refused(&["snapshot", "import", "/dev/null"], 1, "the archive ends early")?;
-    let before = subject.inventory()?;
     let mut scene = Scene::new(subject);
     let source = scene.start("source", COUNTER)?;
     let must = |args: &[&str]| -> Result<String> {

@@ -5,7 +5,6 @@ use serde_json::Value;
 use spore_harness::bed::Subject;
 use spore_harness::network::space::Space;
 
-use super::Scene;
 use super::keeper::{ECHO, Keeper};
 use crate::cases::{expect_contains, expect_equal};
 
@@ -51,15 +50,7 @@ impl Keeper {
 /// Memory, disk, volume, network, pid and clients; by either resume.
 pub(super) fn and_resume(subject: &Subject) -> Result<()> {
     drop(Space::new(&subject.id("first"))?);
-    // The store's directory stays.
-    let mut scene = Scene::new(subject);
-    let first = scene.start("first", super::COUNTER)?;
-    for verb in ["hibernate", "resume"] {
-        let output = subject.spore(&[verb, &first])?.run()?;
-        ensure!(output.success(), "{output}");
-    }
-    drop(scene);
-    let before = subject.inventory()?;
+    let before = super::inventory_after_a_snapshot(subject)?;
     let mut keeper = Keeper::start(subject)?;
     keeper.set("one")?;
     keeper.reaches_its_peer()?;

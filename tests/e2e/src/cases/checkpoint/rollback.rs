@@ -14,14 +14,7 @@ use crate::cases::{expect_contains, expect_equal};
 pub(super) fn back_and_forth(subject: &Subject) -> Result<()> {
     // Directories that stay.
     drop(Space::new(&subject.id("first"))?);
-    {
-        let mut scene = Scene::new(subject);
-        let id = scene.start("first", super::COUNTER)?;
-        let created = subject.spore(&["snapshot", "create", &id])?.run()?;
-        let removed = subject.spore(&["snapshot", "rm", created.text().trim_end()])?.run()?;
-        ensure!(removed.success(), "{created}; {removed}");
-    }
-    let before = subject.inventory()?;
+    let before = super::inventory_after_a_snapshot(subject)?;
     let mut keeper = Keeper::start(subject)?;
     keeper.set("one")?;
     keeper.reaches_its_peer()?;
