@@ -109,6 +109,13 @@ pub enum Call {
     /// that was a disk's uppermost is the captured one, over those below as they were; it is complete when
     /// the [`Event::DisksSettled`] says so that follows if any disk was captured.
     Snapshot(SnapshotConfig),
+    /// Fork a zygote of a running or paused VM: a process that has its memory and its state as they are now, and writes nothing. It
+    /// is called by its own control socket, and takes [`Call::Fork`] alone. Answered, as `Snapshot` is, when the VM goes on;
+    /// the writable disks are captured as there.
+    Zygote(ZygoteConfig),
+    /// Of a zygote: fork a VMM that has its memory and state and is called by a control socket of its own; `Restore` without files makes
+    /// it the VM that the zygote was forked off. Answered with [`Reply::Forked`].
+    Fork(ForkConfig),
     /// Build the VM of a snapshot, in place of `Configure`. It is paused then: attach what else it
     /// shall have, and `Resume`. One that had a file server needs one before that.
     Restore(RestoreConfig),
@@ -242,6 +249,34 @@ pub struct SnapshotConfig {
     pub disks: Vec<NextLayer>,
 }
 
+/// A zygote to fork. It ends when its control socket's peer hangs up, or at its deadline; the VMMs that were forked off
+/// it go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ZygoteConfig {
+    /// The zygote's end of a `SOCK_SEQPACKET` Unix socket pair.
+    pub control: FdIndex,
+    /// Its standard streams, open for writing: where it logs.
+    pub log: FdIndex,
+    /// Names the capture in [`Event::DisksSettled`], as [`SnapshotConfig::layer_id`].
+    pub layer_id: String,
+    /// Milliseconds that it may live, 1 ..= 3 600 000.
+    pub deadline_ms: u64,
+    /// As [`SnapshotConfig::disks`].
+    #[serde(default)]
+    pub disks: Vec<NextLayer>,
+}
+
+/// A VMM to fork off a zygote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkConfig {
+    /// The new VMM's end of a `SOCK_SEQPACKET` Unix socket pair.
+    pub control: FdIndex,
+    /// Its standard streams, open for writing: where it logs.
+    pub log: FdIndex,
+}
+
 /// The file that a writable disk goes on in when it was captured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -256,7 +291,7 @@ pub struct NextLayer {
 
 /// Most milliseconds of [`SnapshotConfig::deadline_ms`].
 pub const MAX_SNAPSHOT_MS: u64 = 3_600_000;
-/// Most snapshots of one VM that may be being written at a time.
+/// Most children of one VMM at a time: snapshots that are being written, and zygotes.
 pub const MAX_SNAPSHOT_WRITERS: usize = 4;
 
 /// How a snapshot's writing ended.
@@ -289,7 +324,7 @@ pub struct SnapshotLayer {
     pub crc32: u32,
 }
 
-/// A VM to build from a snapshot. Processors, memory and device slots are as the snapshot's.
+/// A VM to build from a snapshot, or from what a zygote had. Processors, memory and device slots are as the snapshot's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
@@ -301,8 +336,10 @@ pub struct RestoreConfig {
     pub huge_pages: bool,
     /// An open `/dev/kvm`.
     pub kvm: FdIndex,
-    /// The state file, open for reading.
-    pub state: FdIndex,
+    /// The state file, open for reading. None: the VM is the one whose memory and state this VMM has been forked with
+    /// ([`Call::Fork`]), once, and there are no layers.
+    #[serde(default)]
+    pub state: Option<FdIndex>,
     /// The layers that the snapshot names, each once, in any order. They must stay as they are for as
     /// long as the VM lives, and may be deleted: their pages are read when the guest touches them.
     pub layers: Vec<LayerConfig>,
@@ -396,11 +433,16 @@ pub enum Reply {
         disks: Vec<AttachedDisk>,
     },
     Attached(AttachedDisk),
-    /// The VM goes on; the snapshot is being written.
+    /// The VM goes on; the snapshot is being written, or the zygote is there.
     Snapshotted {
         times: SnapshotTimes,
         /// All writable disks, captured at the instant that memory was.
         disks: Vec<CapturedDisk>,
+    },
+    /// The new VMM obeys its socket. The packet carries its pidfd.
+    Forked {
+        /// In the VMM's process id namespace.
+        pid: u32,
     },
     /// The VM of a snapshot is there, paused.
     Restored {
@@ -417,7 +459,7 @@ pub enum Reply {
 /// How long a snapshot held the VM up, in nanoseconds, by step. Nothing is written to any file in this time.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotTimes {
-    /// The writing child's process id, in the VMM's process id namespace.
+    /// The child's process id, in the VMM's process id namespace.
     pub pid: u32,
     /// From the request, with the disks' new files ready, to the VM's going on: all that follows. Of a VM that was paused
     /// before, what the request took.
@@ -572,7 +614,7 @@ pub struct SnapshotMetrics {
     pub taken: u64,
     /// Whose child ended with an error or was killed.
     pub failed: u64,
-    /// Children that are writing now.
+    /// Children that are writing now, and zygotes.
     pub writing: u64,
     /// Of the last one.
     pub last: SnapshotTimes,

@@ -15,10 +15,10 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use crate::api::{
-    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, LayerConfig, MAX_DISK_LAYERS, MAX_DISK_SLOTS,
+    ConsoleConfig, DiskConfig, DiskSlots, FdIndex, ForkConfig, LayerConfig, MAX_DISK_LAYERS, MAX_DISK_SLOTS,
     MAX_MEMORY_MIB, MAX_NETWORK_SLOTS, MAX_SERVER_SOCKETS, MAX_SNAPSHOT_MS, MAX_TAG, MAX_VCPUS,
     MIN_MEMORY_MIB, NetworkConfig, NextLayer, PROTOCOL_VERSION, RateLimit, RestoreConfig, SnapshotConfig,
-    VmConfig, VsockConfig,
+    VmConfig, VsockConfig, ZygoteConfig,
 };
 use crate::arch;
 use crate::control::{FdError, FdTable};
@@ -47,6 +47,8 @@ pub enum ConfigError {
     LayerId { what: String, id: String },
     #[error("{what}: {name:?} is given twice")]
     Twice { what: &'static str, name: String },
+    #[error("layers: they belong to a state file, and none is given")]
+    LayersAlone,
     #[error("{what}: the file is not empty ({bytes} bytes); give a new one")]
     NotEmpty { what: &'static str, bytes: u64 },
     #[error("disks: {serial:?} is no slot's serial; those are ro0, ro1, … and rw0, rw1, …")]
@@ -182,12 +184,20 @@ fn printable(text: &str, what: &'static str) -> Result<(), ConfigError> {
 pub struct RestoredMachine {
     pub huge_pages: bool,
     pub kvm: KvmFd,
-    pub state: File,
-    pub layers: Vec<(String, File)>,
+    /// None: what this process was forked with.
+    pub files: Option<SnapshotFiles>,
     pub console: Option<Console>,
     pub vsock: Option<Vsock>,
     /// By serial.
     pub disks: Vec<(String, Disk)>,
+}
+
+/// The files of a snapshot.
+#[derive(Debug)]
+pub struct SnapshotFiles {
+    pub state: File,
+    /// By id.
+    pub layers: Vec<(String, File)>,
 }
 
 impl RestoredMachine {
@@ -201,15 +211,17 @@ impl RestoredMachine {
         in_range("disks count", config.disks.len() as u64, 0, most)?;
         no_twice("layers", config.layers.iter().map(|layer| &layer.id))?;
         no_twice("disks", config.disks.iter().map(|disk| &disk.serial))?;
+        let kvm = take_kvm(&mut fds, config.kvm)?;
+        let state = config.state.map(|state| take_image(&mut fds, state, "state")).transpose()?;
+        let layers = config.layers.into_iter().map(|layer| take_layer(&mut fds, layer));
+        let layers: Vec<_> = layers.collect::<Result<_, _>>()?;
+        if state.is_none() && !layers.is_empty() {
+            return Err(ConfigError::LayersAlone);
+        }
         let machine = Self {
             huge_pages: config.huge_pages,
-            kvm: take_kvm(&mut fds, config.kvm)?,
-            state: take_image(&mut fds, config.state, "state")?,
-            layers: config
-                .layers
-                .into_iter()
-                .map(|layer| take_layer(&mut fds, layer))
-                .collect::<Result<_, _>>()?,
+            kvm,
+            files: state.map(|state| SnapshotFiles { state, layers }),
             console: config.console.map(|console| take_console(&mut fds, &console)).transpose()?,
             vsock: config.vsock.map(|vsock| take_vsock(&mut fds, vsock)).transpose()?,
             disks: config
@@ -250,37 +262,92 @@ fn take_layer(fds: &mut FdTable, layer: LayerConfig) -> Result<(String, File), C
     Ok((id, file))
 }
 
+/// The files that disks go on in, by serial.
+pub type NextFiles = Vec<(String, File)>;
+
 /// Checks the files of a `Snapshot`: where it goes, and what the disks of these serials go on in.
-pub fn snapshot_target(
-    config: SnapshotConfig,
-    mut fds: FdTable,
-) -> Result<(Target, Vec<(String, File)>), ConfigError> {
-    in_range("deadline_ms", config.deadline_ms, 1, MAX_SNAPSHOT_MS)?;
-    if !is_layer_id(&config.layer_id) {
-        return Err(ConfigError::LayerId { what: "layer_id".into(), id: config.layer_id });
-    }
+pub fn snapshot_target(config: SnapshotConfig, mut fds: FdTable) -> Result<(Target, NextFiles), ConfigError> {
+    let patience = patience(config.deadline_ms)?;
+    check_layer_id(&config.layer_id)?;
     let report = fds.take(config.report, "report")?;
     let kinds = [SFlag::S_IFIFO, SFlag::S_IFSOCK];
     check_kind(report.as_fd(), "report", &kinds, "a pipe or a stream socket")?;
     check_mode(report.as_fd(), "report", false, true)?;
     let procfs = fds.take(config.procfs, "procfs")?;
     check_procfs(procfs.as_fd())?;
-    no_twice("disks", config.disks.iter().map(|disk| &disk.serial))?;
     let target = Target {
         state: take_empty(&mut fds, config.state, "state")?,
         memory: take_empty(&mut fds, config.memory, "memory")?,
         report: File::from(report),
         procfs,
         layer_id: config.layer_id,
-        patience: Duration::from_millis(config.deadline_ms),
+        patience,
     };
+    Ok((target, next_layers(config.disks, fds)?))
+}
+
+fn patience(milliseconds: u64) -> Result<Duration, ConfigError> {
+    in_range("deadline_ms", milliseconds, 1, MAX_SNAPSHOT_MS)?;
+    Ok(Duration::from_millis(milliseconds))
+}
+
+fn check_layer_id(id: &str) -> Result<(), ConfigError> {
+    if is_layer_id(id) {
+        return Ok(());
+    }
+    Err(ConfigError::LayerId { what: "layer_id".into(), id: id.to_owned() })
+}
+
+/// What the disks of these serials go on in. The last that is taken of a call's descriptors.
+fn next_layers(disks: Vec<NextLayer>, mut fds: FdTable) -> Result<NextFiles, ConfigError> {
+    no_twice("disks", disks.iter().map(|disk| &disk.serial))?;
     let next = |disk: NextLayer| {
         let file = take_next(&mut fds, disk.file, &format!("the next layer of {}", disk.serial))?;
         Ok((disk.serial, file))
     };
-    let disks = config.disks.into_iter().map(next).collect::<Result<_, ConfigError>>()?;
+    let disks = disks.into_iter().map(next).collect::<Result<_, ConfigError>>()?;
     fds.finish()?;
-    Ok((target, disks))
+    Ok(disks)
+}
+
+/// Where a forked process obeys, and where it logs.
+#[derive(Debug)]
+pub struct Ends {
+    pub control: OwnedFd,
+    pub log: OwnedFd,
+}
+
+impl Ends {
+    fn take(fds: &mut FdTable, control: FdIndex, log: FdIndex) -> Result<Self, ConfigError> {
+        let control = fds.take(control, "control")?;
+        let needed = "a Unix socket of packets (SOCK_SEQPACKET)";
+        let (kind, _) = unix_socket(control.as_fd(), "control", needed)?;
+        if kind != SockType::SeqPacket {
+            let found = format!("a Unix socket of type {kind:?}");
+            return Err(ConfigError::Kind { what: "control".into(), found, needed });
+        }
+        let log = fds.take(log, "log")?;
+        check_mode(log.as_fd(), "log", false, true)?;
+        Ok(Self { control, log })
+    }
+}
+
+/// Checks the descriptors of a `Zygote`: its ends, how long it may live, and what the disks of these serials go on in.
+pub fn zygote_target(
+    config: ZygoteConfig,
+    mut fds: FdTable,
+) -> Result<(Ends, Duration, NextFiles), ConfigError> {
+    let patience = patience(config.deadline_ms)?;
+    check_layer_id(&config.layer_id)?;
+    let ends = Ends::take(&mut fds, config.control, config.log)?;
+    Ok((ends, patience, next_layers(config.disks, fds)?))
+}
+
+/// Checks the descriptors of a `Fork`.
+pub fn fork_target(config: &ForkConfig, mut fds: FdTable) -> Result<Ends, ConfigError> {
+    let ends = Ends::take(&mut fds, config.control, config.log)?;
+    fds.finish()?;
+    Ok(ends)
 }
 
 /// A new file to write to.

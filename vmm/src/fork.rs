@@ -17,19 +17,21 @@
 //! * glibc's own locks (allocator, stdio) are taken before and given back on both sides of fork(), so the allocator works in the child
 //!   whatever other threads there are (`spore-vmm run` has one for the terminal).
 //!
-//! So the child may allocate, make system calls, and use its copy of whatever the caller's closure owns. It must not log (in `run` the terminal's
-//! thread may be at standard error), touch KVM (its VM belongs to the other process's memory), drop what it has inherited
-//! (a device's drop would act on shared descriptors), or return: it ends by `_exit`. A panic ends it too, with status 101;
-//! the hook's message goes nowhere, as standard error is closed.
+//! So the child may allocate, make system calls, start threads, and use its copy of whatever the caller's closure owns. It must not
+//! touch the KVM VM (which belongs to the other process's memory; one of its own it may make), drop what it has inherited
+//! (a device's drop would act on shared descriptors), or return: it ends by `_exit`. It may log if its role has a log, which is for
+//! processes that obey a control socket alone: in `run` the terminal's thread may be at standard error. A panic ends it too, with status
+//! 101; without a log the hook's message goes nowhere, as standard error is closed.
 //!
 //! The mappings of KVM's run pages are not inherited (`vm::kvm` marks them MADV_DONTFORK): through them the child would keep the VM
 //! alive. Descriptors are closed down to those that the caller lists, before anything else.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::AssertUnwindSafe;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -50,31 +52,43 @@ impl Child {
     pub fn pid(&self) -> u32 {
         self.pid.unsigned_abs()
     }
+
+    /// Another descriptor that is readable when it has ended.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
 }
 
-/// Forks. The child closes every descriptor but `keep`, runs `work` with the moment by which it should be done, and ends with the status
-/// that it returns; two seconds after that moment the kernel ends it (SIGALRM).
+/// What a child is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Role<'a> {
+    /// What ps(1) calls it.
+    pub name: &'static CStr,
+    /// The descriptors that it has.
+    pub keep: &'a [RawFd],
+    /// What its standard streams are, one of `keep`, where it is closed then. None: it has none, and must not log.
+    pub log: Option<RawFd>,
+    /// When it should be done; [`GRACE`] after that the kernel ends it (SIGALRM).
+    pub patience: Option<Duration>,
+}
+
+/// Forks. The child closes every descriptor but those of its role, runs `work`, and ends with the status that it returns.
 ///
 /// # Errors
 /// Without a child, when the process has no room for one.
 ///
 /// # Safety
 /// The process is at its quiescent point as the module describes it, and `work` does only what it allows.
-pub unsafe fn split(
-    keep: &[RawFd],
-    patience: Duration,
-    work: impl FnOnce(Instant) -> i32,
-) -> io::Result<Child> {
-    let deadline = Instant::now() + patience;
-    let mut kept = keep.to_vec();
+pub unsafe fn split(role: Role<'_>, work: impl FnOnce() -> i32) -> io::Result<Child> {
+    let mut kept = role.keep.to_vec();
     kept.sort_unstable();
     // SAFETY: by the function's contract.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             close_others(&kept);
-            end_at(patience + GRACE);
-            let status = std::panic::catch_unwind(AssertUnwindSafe(|| work(deadline))).unwrap_or(PANICKED);
+            become_one(role);
+            let status = std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or(PANICKED);
             // SAFETY: ends the process without running anything that it inherited.
             unsafe { libc::_exit(status) }
         }
@@ -118,8 +132,20 @@ fn close_range(first: libc::c_uint, last: libc::c_uint) {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
-/// In the child: has the kernel end it after `patience`, whatever it waits for.
-fn end_at(patience: Duration) {
+/// In the child: takes its name, its standard streams, and a timer by which the kernel ends it, whatever it waits for. Its parent's
+/// timer is not inherited (setitimer(2)).
+fn become_one(role: Role<'_>) {
+    // SAFETY: the child's own descriptors and name; what had the standard streams' numbers is closed.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, role.name.as_ptr());
+        if let Some(log) = role.log {
+            for stream in 0..3 {
+                libc::dup2(log, stream);
+            }
+            libc::close(log);
+        }
+    }
+    let Some(patience) = role.patience.map(|patience| patience + GRACE) else { return };
     let seconds = libc::time_t::try_from(patience.as_secs()).unwrap_or(libc::time_t::MAX);
     let zero = libc::timeval { tv_sec: 0, tv_usec: 0 };
     let value = libc::timeval { tv_sec: seconds, tv_usec: patience.subsec_micros().into() };
@@ -132,7 +158,6 @@ fn end_at(patience: Duration) {
         libc::signal(libc::SIGALRM, libc::SIG_DFL);
         libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
         libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
-        libc::prctl(libc::PR_SET_NAME, c"snapshot".as_ptr());
     }
 }
 

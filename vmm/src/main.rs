@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use spore_vmm::control::socket::Socket;
 use spore_vmm::control::{Channel, server};
 use spore_vmm::{DEFAULT_CMDLINE, clock, log, run};
 
@@ -77,8 +76,8 @@ fn main() -> ExitCode {
 }
 
 fn obey(fd: RawFd, start: u64) -> ExitCode {
-    let served = match Socket::inherit(fd) {
-        Ok(socket) => server::serve(Channel::new(socket), start),
+    let served = match Channel::inherit(fd) {
+        Ok(channel) => server::serve(channel, start, None),
         Err(error) => Err(error.into()),
     };
     match served {

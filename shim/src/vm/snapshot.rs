@@ -173,7 +173,7 @@ impl Vm {
             protocol: PROTOCOL_VERSION,
             huge_pages: self.machine.huge_pages,
             kvm: FdIndex(0),
-            state,
+            state: Some(state),
             layers,
             console: Some(build::console()),
             vsock: Some(build::vsock()),

@@ -172,7 +172,8 @@ pub(crate) fn fake_vmm() {
                 continue;
             }
             Call::Restore(config) => {
-                agent = Agent::restored(fds[config.state.0 as usize].try_clone().unwrap().into());
+                let state = config.state.expect("the shim gives files");
+                agent = Agent::restored(fds[state.0 as usize].try_clone().unwrap().into());
                 cmdline.clone_from(&agent.cmdline);
                 // The descriptors of its disks stay open, the lock on the writable one too.
                 disks.extend(fds.drain(3..));

@@ -87,7 +87,7 @@ fn restore(state: &File) -> bool {
         protocol: PROTOCOL_VERSION,
         huge_pages: false,
         kvm: FdIndex(0),
-        state: FdIndex(1),
+        state: Some(FdIndex(1)),
         layers: vec![LayerConfig { id: "a".into(), file: FdIndex(2) }],
         console: None,
         vsock: None,
@@ -98,7 +98,7 @@ fn restore(state: &File) -> bool {
     static KICK: OnceLock<()> = OnceLock::new();
     KICK.get_or_init(|| vcpu::install_kick().unwrap());
     let end = Arc::new(EndLatch::new().unwrap());
-    match vm::restore(machine, end, Box::new(|_, _| {})) {
+    match vm::restore(machine, None, end, Box::new(|_, _| {})) {
         Ok(restored) => {
             drop(restored);
             true

@@ -17,6 +17,7 @@ mod snapshot;
 pub mod tap;
 mod vm;
 pub mod vsock;
+mod zygote;
 
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ pub use console::Console;
 pub use setup::{Setup, disk_file, file_with};
 pub use snapshot::{Pending, Restore, Saved, empty_file};
 pub use vm::Vm;
+pub use zygote::Zygote;
 
 /// How long a test waits for anything. Generous: the machine may be busy, and a passing
 /// test never waits for it.

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ExitStatus};
@@ -22,6 +22,56 @@ pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: see above.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The process of a VMM under test. Dropped, it is killed.
+pub enum Process {
+    Ours(Child),
+    /// Of a zygote's.
+    Forked {
+        pid: u32,
+        pidfd: OwnedFd,
+    },
+}
+
+impl Process {
+    pub fn id(&self) -> u32 {
+        match self {
+            Self::Ours(child) => child.id(),
+            Self::Forked { pid, .. } => *pid,
+        }
+    }
+
+    /// Waits for the end; `None` at the deadline. The status is known of our own child only.
+    pub fn wait(&mut self, deadline: Duration) -> io::Result<Option<Option<ExitStatus>>> {
+        match self {
+            Self::Ours(child) => Ok(wait(child, deadline)?.map(Some)),
+            Self::Forked { pidfd, .. } => Ok(wait_readable(pidfd.as_fd(), deadline)?.then_some(None)),
+        }
+    }
+
+    pub fn kill(&mut self) -> io::Result<()> {
+        match self {
+            Self::Ours(child) => child.kill(),
+            Self::Forked { pidfd, .. } => {
+                let none = std::ptr::null::<libc::siginfo_t>();
+                // SAFETY: a descriptor of ours, numbers, and no pointer.
+                let sent = unsafe {
+                    libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, none, 0)
+                };
+                if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        if let Self::Ours(child) = self {
+            let _ = child.wait();
+        }
+    }
 }
 
 /// Waits for a child's end; `None` at the deadline.

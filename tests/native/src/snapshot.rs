@@ -88,7 +88,7 @@ impl Saved {
     #[must_use]
     pub fn restore(&self) -> Restore {
         Restore {
-            state: again(&self.state),
+            state: Some(again(&self.state)),
             layers: self.layers.iter().map(|(id, file)| (id.clone(), again(file))).collect(),
             disks: Vec::new(),
             vsock: false,
@@ -99,7 +99,8 @@ impl Saved {
 
 /// What to restore, and with what.
 pub struct Restore {
-    pub state: File,
+    /// None: what the VMM was forked with.
+    pub state: Option<File>,
     pub layers: Vec<(String, File)>,
     /// From the bottom up, by slot.
     pub disks: Vec<(String, Vec<File>)>,
@@ -108,6 +109,12 @@ pub struct Restore {
 }
 
 impl Restore {
+    /// What a zygote's VMM was forked with.
+    #[must_use]
+    pub fn inherited() -> Self {
+        Self { state: None, layers: Vec::new(), disks: Vec::new(), vsock: false, huge_pages: false }
+    }
+
     #[must_use]
     pub fn disk(self, serial: &str, file: &File) -> Self {
         self.stack(serial, &[file])
@@ -132,7 +139,15 @@ impl Restore {
     /// When the VMM refuses.
     #[must_use]
     pub fn paused(self) -> Vm {
-        let mut vm = Vm::spawn();
+        self.paused_in(Vm::spawn())
+    }
+
+    /// Restores into this VMM; the VM is paused.
+    ///
+    /// # Panics
+    /// When the VMM refuses.
+    #[must_use]
+    pub fn paused_in(self, mut vm: Vm) -> Vm {
         vm.restore(self).expect("the VMM takes the snapshot");
         vm
     }
@@ -143,7 +158,16 @@ impl Restore {
     /// When the VMM refuses.
     #[must_use]
     pub fn run(self) -> Vm {
-        let mut vm = self.paused();
+        self.run_in(Vm::spawn())
+    }
+
+    /// As [`Self::paused_in`], and resumes.
+    ///
+    /// # Panics
+    /// When the VMM refuses.
+    #[must_use]
+    pub fn run_in(self, vm: Vm) -> Vm {
+        let mut vm = self.paused_in(vm);
         assert_eq!(vm.call(Call::Resume), Ok(Reply::Done));
         vm
     }
@@ -258,7 +282,7 @@ impl Vm {
             protocol: PROTOCOL_VERSION,
             huge_pages: what.huge_pages,
             kvm: attach(host::kvm().into()),
-            state: attach(what.state.into()),
+            state: what.state.map(|state| attach(state.into())),
             layers: what
                 .layers
                 .into_iter()

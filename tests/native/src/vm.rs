@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use spore_vmm::api::{
     AttachedDisk, Call, DiskConfig, EndReason, Event, Failure, FdIndex, Message, Metrics, NetworkConfig,
@@ -17,14 +17,15 @@ use spore_vmm::api::{
 use tempfile::TempDir;
 
 use crate::control::{Control, Received};
-use crate::{Console, DEADLINE, Setup, host, process};
+use crate::process::Process;
+use crate::{Console, DEADLINE, Setup, host};
 
 /// A VMM, its control socket, and what it said so far. Dropped, it is killed; when the
 /// test is failing, its console and log are printed first.
 pub struct Vm {
     pub control: Option<Control>,
     pub console: Option<Console>,
-    child: Child,
+    process: Process,
     log: PathBuf,
     folder: TempDir,
     next_id: u64,
@@ -62,10 +63,14 @@ impl Vm {
         unsafe { command.pre_exec(inherit) };
         let child = command.spawn().expect("spore-vmm can be started");
         drop(theirs);
+        Self::with(control, Process::Ours(child), log, folder)
+    }
+
+    pub(crate) fn with(control: Control, process: Process, log: PathBuf, folder: TempDir) -> Self {
         Self {
             control: Some(control),
             console: None,
-            child,
+            process,
             log,
             folder,
             next_id: 1,
@@ -117,7 +122,7 @@ impl Vm {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.id()
     }
 
     /// What the VMM wrote to its standard error.
@@ -284,18 +289,24 @@ impl Vm {
     pub fn closed(&mut self) {
         let last = self.control().receive(DEADLINE).expect("the VMM sends JSON");
         assert!(matches!(last, Received::Closed), "after the last message: {last:?}");
-        let status = self.exit_status();
-        assert!(status.success(), "the VMM ended with {status}");
+        if let Some(status) = self.process_ended() {
+            assert!(status.success(), "the VMM ended with {status}");
+        }
+    }
+
+    /// Waits for the process to end; its status, if it is our child.
+    fn process_ended(&mut self) -> Option<ExitStatus> {
+        let ended = self.process.wait(DEADLINE).expect("a process can be waited for");
+        ended.unwrap_or_else(|| panic!("the VMM still runs after {DEADLINE:?}"))
     }
 
     /// Waits for the process to end.
     pub fn exit_status(&mut self) -> ExitStatus {
-        let status = process::wait(&mut self.child, DEADLINE).expect("a child can be waited for");
-        status.unwrap_or_else(|| panic!("the VMM still runs after {DEADLINE:?}"))
+        self.process_ended().expect("the VMM is our child")
     }
 
     pub fn kill(&mut self) {
-        self.child.kill().expect("our own child can be killed");
+        self.process.kill().expect("a VMM of ours can be killed");
     }
 
     /// Everything that the guest printed, once the VMM has ended.
@@ -306,8 +317,8 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait(DEADLINE);
         if std::thread::panicking() {
             let text = self.console.as_ref().map(Console::text).unwrap_or_default();
             eprintln!("--- console ---\n{text}\n--- VMM log ---\n{}---", self.log());

@@ -62,7 +62,7 @@ fn what_an_older_build_has_saved_goes_on() {
     for folder in folders {
         let disk = unpacked(&folder, DISK);
         let what = Restore {
-            state: unpacked(&folder, STATE),
+            state: Some(unpacked(&folder, STATE)),
             layers: vec![(LAYER.to_owned(), unpacked(&folder, LAYER))],
             disks: Vec::new(),
             vsock: true,

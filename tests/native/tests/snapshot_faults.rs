@@ -68,12 +68,12 @@ fn bad(saved: &Saved, words: &str, change: impl FnOnce(&mut Restore)) {
 fn damaged_state_is_refused() {
     let saved = saved();
     let whole = bytes(&saved.state);
-    bad(&saved, "cut off", |restore| restore.state = file(&whole[..whole.len() - 1]));
-    bad(&saved, "header alone", |restore| restore.state = file(&whole[..20]));
-    bad(&saved, "does not begin as", |restore| restore.state = file(&[7; 4096]));
+    bad(&saved, "cut off", |restore| restore.state = Some(file(&whole[..whole.len() - 1])));
+    bad(&saved, "header alone", |restore| restore.state = Some(file(&whole[..20])));
+    bad(&saved, "does not begin as", |restore| restore.state = Some(file(&[7; 4096])));
     let mut flipped = whole.clone();
     flipped[whole.len() / 2] ^= 4;
-    bad(&saved, "damaged", |restore| restore.state = file(&flipped));
+    bad(&saved, "damaged", |restore| restore.state = Some(file(&flipped)));
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn forged_state_is_refused() {
             assert!(text.contains(&from), "{from} is not in the state");
             text.replacen(&from, &to, 1)
         });
-        move |restore: &mut Restore| restore.state = made
+        move |restore: &mut Restore| restore.state = Some(made)
     };
     bad(&saved, "vCPUs: 200", forge("\"shape\":{\"vcpus\":1", "\"shape\":{\"vcpus\":200"));
     bad(&saved, "has the state of 1", forge("\"shape\":{\"vcpus\":1", "\"shape\":{\"vcpus\":2"));

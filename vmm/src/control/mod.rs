@@ -2,17 +2,18 @@
 //!
 //! [`socket`] moves packets; [`fds`] makes sure that every descriptor which arrived is used
 //! once or closed; [`Channel`] speaks the types of [`crate::api`]; [`server`] is the event loop
-//! that obeys them, [`disk_work`] what it leaves to other threads.
+//! that obeys them, [`disk_work`] what it leaves to other threads, [`zygote`] a VM from which others are forked.
 
 pub mod client;
 mod disk_work;
 mod fds;
 pub mod server;
 pub mod socket;
+mod zygote;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use fds::{FdError, FdTable};
@@ -77,6 +78,11 @@ impl Channel {
         Self { socket: Arc::new(socket), waiting: Arc::default() }
     }
 
+    /// Takes over an inherited descriptor by number.
+    pub fn inherit(fd: RawFd) -> Result<Self, SocketError> {
+        Socket::inherit(fd).map(Self::new)
+    }
+
     /// Reads one packet without waiting.
     pub fn receive(&self) -> Result<Incoming, SocketError> {
         Ok(match self.socket.receive()? {
@@ -96,6 +102,11 @@ impl Channel {
 
     pub fn respond(&self, id: u64, result: Result<Reply, Failure>) -> Result<(), SocketError> {
         self.send(&Message::Response { id, result }, None)
+    }
+
+    /// A successful answer with a descriptor.
+    pub fn respond_with(&self, id: u64, reply: Reply, fd: OwnedFd) -> Result<(), SocketError> {
+        self.send(&Message::Response { id, result: Ok(reply) }, Some(fd))
     }
 
     pub fn event(&self, event: Event, fd: Option<OwnedFd>) -> Result<(), SocketError> {
@@ -140,6 +151,12 @@ impl Channel {
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

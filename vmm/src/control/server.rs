@@ -20,20 +20,20 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::disk_work::DiskWork;
 use super::socket::SocketError;
-use super::{Channel, FdTable, Incoming};
+use super::{Channel, FdTable, Incoming, zygote};
 use crate::api::{
     Call, EndReason, Event, Failure, FailureCode, MAX_SNAPSHOT_WRITERS, Reply, Request, RestoreConfig,
-    SnapshotConfig, SnapshotMetrics, SnapshotTimes, VmConfig, VmState,
+    SnapshotConfig, SnapshotMetrics, SnapshotTimes, VmConfig, VmState, ZygoteConfig,
 };
 use crate::arch::RestoreStateError;
 use crate::config::{
-    ConfigError, MachineConfig, RestoredMachine, attached_disk, attached_network, merged_file,
-    server_sockets, snapshot_target,
+    ConfigError, MachineConfig, NextFiles, RestoredMachine, attached_disk, attached_network, merged_file,
+    server_sockets, snapshot_target, zygote_target,
 };
 use crate::end::EndLatch;
 use crate::fork::{Children, Ended};
 use crate::vm::builder::{BuildError, OnConnection, Subscriber};
-use crate::vm::{self, Built, RestoredVm, StateError, Taken, Vm};
+use crate::vm::{self, Built, Inherited, RestoredVm, StateError, Taken, Vm};
 use crate::{clock, log, vcpu};
 
 /// How long the last message may wait for the peer to take it.
@@ -108,10 +108,14 @@ impl MutEventSubscriber for Wakeups {
 }
 
 /// Serves `channel` until the guest has ended or the peer is gone. `process_start_ns` is
-/// reported in the metrics.
-pub fn serve(channel: Channel, process_start_ns: u64) -> Result<Outcome, ServeError> {
+/// reported in the metrics; what was inherited is a `Restore`'s to take.
+pub fn serve(
+    channel: Channel,
+    process_start_ns: u64,
+    inherited: Option<Inherited>,
+) -> Result<Outcome, ServeError> {
     vcpu::install_kick()?;
-    Server::new(channel, process_start_ns)?.run()
+    Server { inherited, ..Server::new(channel, process_start_ns)? }.run()
 }
 
 struct Server {
@@ -132,7 +136,9 @@ struct Server {
     /// When the timer fires.
     deadline_at: Option<Instant>,
     vm: Option<Vm>,
-    /// Those that write snapshots. They outlive this process if they have to.
+    /// What this process was forked with.
+    inherited: Option<Inherited>,
+    /// Those that write snapshots, and zygotes. They outlive this process if they have to.
     children: Children,
     snapshots: SnapshotMetrics,
     process_start_ns: u64,
@@ -174,6 +180,7 @@ impl Server {
             deadline,
             deadline_at: None,
             vm: None,
+            inherited: None,
             children,
             snapshots: SnapshotMetrics::default(),
             process_start_ns,
@@ -247,6 +254,7 @@ impl Server {
             }
             Call::Restore(config) => self.restore(config, fds),
             Call::Snapshot(config) => self.snapshot(config, fds),
+            Call::Zygote(config) => self.zygote(config, fds),
             Call::AttachNetwork(network) => {
                 let network = attached_network(&network, fds)?;
                 self.vm("attach")?.attach_network(network)?;
@@ -282,10 +290,15 @@ impl Server {
                     SnapshotMetrics { writing: self.children.len() as u64, ..self.snapshots.clone() };
                 return Ok(Reply::Metrics(metrics));
             }
+            Call::Fork(_) => {
+                let message = "fork: this is no zygote; ask the VM for one".to_owned();
+                return Err(Failure { code: FailureCode::WrongState, message });
+            }
             // Served above.
             Call::Configure(_)
             | Call::Restore(_)
             | Call::Snapshot(_)
+            | Call::Zygote(_)
             | Call::AttachDisk(_)
             | Call::MergeDisk { .. }
             | Call::AttachFilesystem { .. }
@@ -354,8 +367,9 @@ impl Server {
     fn restore(&mut self, config: RestoreConfig, fds: FdTable) -> Result<Reply, Failure> {
         self.require_no_vm("restore")?;
         let machine = RestoredMachine::new(config, fds)?;
+        let (inherited, end) = (self.inherited.take(), Arc::clone(&self.end));
         let RestoredVm { vm, shape, saved_at_ns, subscribers } =
-            vm::restore(machine, Arc::clone(&self.end), self.on_connection())?;
+            vm::restore(machine, inherited, end, self.on_connection())?;
         self.take_on(vm, subscribers);
         let (disk_slots, network_slots) = (shape.disk_slots, shape.network_slots);
         Ok(Reply::Restored { disk_slots, network_slots, saved_at_ns })
@@ -369,28 +383,46 @@ impl Server {
         self.configured_ns = clock::monotonic_ns();
     }
 
-    /// Saves the VM and lets a child write it; a running VM is paused for as long as that takes.
+    /// Saves the VM and lets a child write it.
     fn snapshot(&mut self, config: SnapshotConfig, fds: FdTable) -> Result<Reply, Failure> {
         let layer_id = config.layer_id.clone();
         let (target, disks) = snapshot_target(config, fds)?;
+        self.take("snapshot", layer_id, disks, |vm| vm.snapshot(&target))
+    }
+
+    fn zygote(&mut self, config: ZygoteConfig, fds: FdTable) -> Result<Reply, Failure> {
+        let layer_id = config.layer_id.clone();
+        let (ends, patience, disks) = zygote_target(config, fds)?;
+        self.take("zygote", layer_id, disks, |vm| zygote::start(vm, &ends, patience))
+    }
+
+    /// Has a copy of the VM forked; a running VM is paused for as long as that takes.
+    fn take(
+        &mut self,
+        call: &'static str,
+        layer_id: String,
+        disks: NextFiles,
+        fork: impl FnOnce(&mut Vm) -> Result<Taken, StateError>,
+    ) -> Result<Reply, Failure> {
         if self.children.len() >= MAX_SNAPSHOT_WRITERS {
-            let message =
-                format!("snapshot: {MAX_SNAPSHOT_WRITERS} are being written already; wait for a report");
+            let message = format!(
+                "{call}: {MAX_SNAPSHOT_WRITERS} copies of the VM are there already, being written or zygotes; wait for a report, or end a zygote"
+            );
             return Err(Failure { code: FailureCode::Exhausted, message });
         }
-        let vm = self.vm("snapshot")?;
+        let vm = self.vm(call)?;
         vm.stage_disks(disks)?;
         let was_paused = vm.is_paused();
         let begun = Instant::now();
         if !was_paused && let Err(failure) = self.pause() {
-            self.vm("snapshot")?.unstage_disks();
+            self.vm(call)?.unstage_disks();
             return Err(failure);
         }
         let quiesce_ns = nanoseconds(begun);
-        let vm = self.vm("snapshot")?;
-        let taken = vm.snapshot(&target).inspect_err(|_| vm.unstage_disks());
+        let vm = self.vm(call)?;
+        let taken = fork(vm).inspect_err(|_| vm.unstage_disks());
         let shutting_down = self.deadline_at.is_some();
-        let resumed = if was_paused { Ok(()) } else { self.vm("snapshot")?.resume(shutting_down) };
+        let resumed = if was_paused { Ok(()) } else { self.vm(call)?.resume(shutting_down) };
         let pause_ns = nanoseconds(begun);
         let Taken { child, times, disks } = taken?;
         self.snapshots.taken += 1;
@@ -400,20 +432,20 @@ impl Server {
             self.disk_work.settle(layer_id, layers);
         }
         if let Err(error) = self.children.add(child) {
-            log::warn("snapshot", format_args!("watching the writer: {error}"));
+            log::warn(call, format_args!("watching the child: {error}"));
         }
         resumed?;
         Ok(Reply::Snapshotted { times: self.snapshots.last.clone(), disks })
     }
 
-    /// Notes which children have ended. What became of their snapshots they have reported, or not.
+    /// Notes which children have ended. What became of their snapshots writers have reported, or not.
     fn reap(&mut self) {
         for (pid, ended) in self.children.reap() {
             if ended != Ended::Status(0) {
                 self.snapshots.failed += 1;
                 log::error(
                     "snapshot",
-                    format_args!("the writer {pid} has failed ({ended:?}); the VM goes on"),
+                    format_args!("the writer or zygote {pid} has failed ({ended:?}); the VM goes on"),
                 );
             }
         }

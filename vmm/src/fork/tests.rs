@@ -7,6 +7,10 @@ use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
+fn role(keep: &[RawFd], patience: Duration) -> Role<'_> {
+    Role { name: c"child", keep, log: None, patience: Some(patience) }
+}
+
 /// Waits until `child` has ended.
 fn ended(child: Child) -> Ended {
     let mut children = Children::new().unwrap();
@@ -25,7 +29,7 @@ fn the_child_has_the_listed_descriptors_and_no_others() {
     let (mut reader, writer) = io::pipe().unwrap();
     let other = tempfile::tempfile().unwrap();
     let (kept, closed) = (writer.as_raw_fd(), other.as_raw_fd());
-    let work = |_| {
+    let work = || {
         // SAFETY: F_GETFD only asks; the writer is ours in the child.
         let mut out = unsafe { inherited(kept) };
         // SAFETY: F_GETFD only asks.
@@ -34,7 +38,7 @@ fn the_child_has_the_listed_descriptors_and_no_others() {
         0
     };
     // SAFETY: the closure allocates and writes to a pipe; it takes no lock.
-    let child = unsafe { split(&[kept], PATIENCE, work) }.unwrap();
+    let child = unsafe { split(role(&[kept], PATIENCE), work) }.unwrap();
     drop(writer);
     let mut said = String::new();
     reader.read_to_string(&mut said).unwrap();
@@ -45,19 +49,19 @@ fn the_child_has_the_listed_descriptors_and_no_others() {
 
 #[test]
 fn a_panic_is_an_end_like_another() {
-    let work = |_| panic!("nobody hears this");
+    let work = || panic!("nobody hears this");
     // SAFETY: the panic's hook writes to a closed descriptor.
-    let child = unsafe { split(&[], PATIENCE, work) }.unwrap();
+    let child = unsafe { split(role(&[], PATIENCE), work) }.unwrap();
     assert_eq!(ended(child), Ended::Status(PANICKED));
 }
 
 #[test]
 fn a_child_that_hangs_is_ended_by_the_kernel() {
-    let work = |_| loop {
+    let work = || loop {
         // SAFETY: waits for a signal.
         unsafe { libc::pause() };
     };
     // SAFETY: the closure makes one system call.
-    let child = unsafe { split(&[], Duration::ZERO, work) }.unwrap();
+    let child = unsafe { split(role(&[], Duration::ZERO), work) }.unwrap();
     assert_eq!(ended(child), Ended::Signal(libc::SIGALRM));
 }

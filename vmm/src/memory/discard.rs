@@ -39,7 +39,7 @@ pub enum DiscardError {
 
 /// Takes pages out of one guest's RAM. There is one for a guest, as it keeps in mind where
 /// anonymous memory has replaced a file mapping.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Discard {
     ram: GuestRam,
     /// The runs of RAM, ascending.

@@ -90,7 +90,7 @@ pub fn run(options: &Options, process_start_ns: u64) -> Result<ExitCode, RunErro
     let channel = Channel::new(Socket::new(theirs)?);
     let vmm = std::thread::Builder::new()
         .name("vmm".into())
-        .spawn(move || server::serve(channel, process_start_ns))
+        .spawn(move || server::serve(channel, process_start_ns, None))
         .map_err(system("starting the VMM's thread"))?;
     let outcome = drive(Client::new(Socket::new(ours)?), config, parcel, console_input, &signals, options);
     // The client is gone, so the VMM is on its way out; a fault of its own is worth a line.

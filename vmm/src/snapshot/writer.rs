@@ -19,7 +19,7 @@ use super::format;
 use super::layers::{self, Extent, Layer, Limits, MAX_LAYERS, Plan, TARGET_EXTENTS};
 use super::machine::MachineState;
 use crate::api::{Failure, FailureCode, SnapshotDone, SnapshotLayer, SnapshotReport};
-use crate::fork::{self, Child};
+use crate::fork::{self, Child, Role};
 use crate::memory::{self, GuestRam, ScanError, Still};
 
 /// Bytes of one write, after each of which the deadline is looked at.
@@ -81,7 +81,8 @@ pub unsafe fn start(
         procfs: target.procfs.as_raw_fd(),
     };
     let keep = [numbers.state, numbers.memory, numbers.report, numbers.procfs];
-    let work = |deadline: Instant| {
+    let deadline = Instant::now() + target.patience;
+    let work = || {
         let begun = Instant::now();
         let job = Job { target, numbers, ram, origin, zero, deadline };
         let outcome = job.write(&mut state).map(|done| SnapshotDone {
@@ -101,9 +102,10 @@ pub unsafe fn start(
             serde_json::to_vec(&report).map_err(io::Error::other).and_then(|bytes| file.write_all(&bytes));
         if said.is_ok() { status } else { 2 }
     };
+    let role = Role { name: c"snapshot", keep: &keep, log: None, patience: Some(target.patience) };
     // SAFETY: by this function's contract. The closure allocates and makes system calls on the kept
     // descriptors; what it borrows is this process's copy.
-    unsafe { fork::split(&keep, target.patience, work) }
+    unsafe { fork::split(role, work) }
 }
 
 /// The kept descriptors.

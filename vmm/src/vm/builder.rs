@@ -6,6 +6,7 @@ mod handles;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
@@ -24,7 +25,7 @@ use crate::arch::{
     SetupError, layout,
 };
 use crate::bus::{BusError, MmioBus, PioBus};
-use crate::config::{Console, Disk, MachineConfig, RestoredMachine, Vsock as VsockParts};
+use crate::config::{Console, Disk, MachineConfig, RestoredMachine, SnapshotFiles, Vsock as VsockParts};
 use crate::devices::power::{KeyboardReset, PowerControl};
 use crate::devices::serial::{CappedOutput, ConsoleCounters, SerialInput, SerialPort};
 use crate::devices::virtio::VirtioDevice;
@@ -39,6 +40,7 @@ use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::devices::vmgenid::{self, GenerationError, GenerationId};
 use crate::end::EndLatch;
 use crate::memory::{self, Discard, FileExtent, Gpa, GuestRam, MapError};
+use crate::snapshot::layers::{Extent, MemoryMap};
 use crate::snapshot::machine::{StateFileError, match_layers};
 use crate::snapshot::writer::Origin;
 use crate::snapshot::{MachineState, PartState, Persist, RestoreError, Shape};
@@ -96,6 +98,21 @@ pub struct Built {
     pub disks: Vec<AttachedDisk>,
     /// To be added to the event loop before it boots.
     pub subscribers: Vec<Subscriber>,
+}
+
+/// Guest memory that stands still, and what is known of where it comes from.
+#[derive(Debug)]
+pub struct SavedMemory {
+    pub ram: GuestRam,
+    pub origin: Origin,
+    pub discard: Discard,
+}
+
+/// A paused VM in a process that was forked off its own.
+#[derive(Debug)]
+pub struct Inherited {
+    pub state: MachineState,
+    pub memory: SavedMemory,
 }
 
 /// A VM out of a snapshot.
@@ -157,16 +174,27 @@ pub fn build(
     Ok(Built { vm, disks, subscribers })
 }
 
-/// Builds the VM of a snapshot, which is checked before anything is built of it. Processors get their state before the
-/// interrupt controllers, and those before the devices, which raise again what was pending.
+/// Builds the VM of a snapshot, or the one that was inherited. It is checked before anything is built of it. Processors get their state before
+/// the interrupt controllers, and those before the devices, which raise again what was pending.
 pub fn restore(
     config: RestoredMachine,
+    inherited: Option<Inherited>,
     end: Arc<EndLatch>,
     on_connection: OnConnection,
 ) -> Result<RestoredVm, BuildError> {
-    let RestoredMachine { huge_pages, kvm, state, layers, console, vsock, disks } = config;
-    let MachineState { saved_at_ns, shape, platform, vcpus, mut parts, memory, .. } =
-        MachineState::read(&state)?;
+    let RestoredMachine { huge_pages, kvm, files, console, vsock, disks } = config;
+    let (state, memory) = match (files, inherited) {
+        (Some(SnapshotFiles { state, layers }), None) => (MachineState::read(&state)?, Memory::In(layers)),
+        (None, Some(Inherited { state, memory })) => (state, Memory::Here(memory)),
+        (files, _) => {
+            let detail = match files {
+                None => "no state file is given, and this VMM has no VM's memory from a fork",
+                Some(_) => "a state file is given, and this VMM has a VM's memory already, from a fork",
+            };
+            return Err(RestoreError::invalid("memory", detail).into());
+        }
+    };
+    let MachineState { saved_at_ns, shape, platform, vcpus, mut parts, memory: table, .. } = state;
     let kvm = kvm::open(kvm);
     arch::check_host(&kvm, shape.vcpus)?;
     let model = CpuModel::new(&kvm, shape.vcpus)?;
@@ -186,19 +214,13 @@ pub fn restore(
         }
         _ => {}
     }
-    let files = match_layers(&memory, layers)?;
-    let place = |extent: &crate::snapshot::layers::Extent| {
-        // The table was checked against its layers, of which there are as many files.
-        let file = usize::try_from(extent.layer).ok().and_then(|at| files.get(at))?;
-        Some(FileExtent { start: extent.start, bytes: extent.bytes, file, offset: extent.offset })
+    let SavedMemory { ram, origin, discard } = match memory {
+        Memory::Here(memory) => memory,
+        Memory::In(layers) => map_layers(&shape, table, layers)?,
     };
-    let mapped: Vec<FileExtent<'_>> = memory.extents.iter().filter_map(place).collect();
-    let ram = memory::map_files(&shape.layout(), &mapped)?;
     if huge_pages {
         memory::prefer_huge_pages(&ram);
     }
-    let ranges: Vec<Range<u64>> = memory.extents.iter().map(|extent| extent.start..extent.end()).collect();
-    let origin = Origin { layers: memory.layers, extents: memory.extents };
     let frame = Frame::new(&kvm, &ram)?;
 
     let mut processors = Vec::new();
@@ -209,7 +231,6 @@ pub fn restore(
         arch::restore_vcpu(vcpu, index, saved, list)?;
     }
     arch::restore_platform(&frame.fd, &platform)?;
-    let discard = Discard::with_files(&ram, &ranges);
     let fittings = Fittings { console, vsock, on_connection, disks, saved: Some(&mut parts) };
     let devices = Devices::place(&frame.fd, &ram, &shape, discard, fittings, &end)?;
     if let Some(part) = parts.into_keys().next() {
@@ -218,6 +239,32 @@ pub fn restore(
     let (vm, subscribers) =
         assemble(frame, ram, shape.clone(), origin, processors, devices, end, Vm::restored)?;
     Ok(RestoredVm { vm, shape, saved_at_ns, subscribers })
+}
+
+/// Where a VM's memory is before the VM is.
+enum Memory {
+    Here(SavedMemory),
+    /// Files by id.
+    In(Vec<(String, File)>),
+}
+
+/// Guest memory out of the files of a snapshot.
+fn map_layers(
+    shape: &Shape,
+    table: MemoryMap,
+    layers: Vec<(String, File)>,
+) -> Result<SavedMemory, BuildError> {
+    let files = match_layers(&table, layers)?;
+    let place = |extent: &Extent| {
+        // The table was checked against its layers, of which there are as many files.
+        let file = usize::try_from(extent.layer).ok().and_then(|at| files.get(at))?;
+        Some(FileExtent { start: extent.start, bytes: extent.bytes, file, offset: extent.offset })
+    };
+    let mapped: Vec<FileExtent<'_>> = table.extents.iter().filter_map(place).collect();
+    let ram = memory::map_files(&shape.layout(), &mapped)?;
+    let ranges: Vec<Range<u64>> = table.extents.iter().map(|extent| extent.start..extent.end()).collect();
+    let discard = Discard::with_files(&ram, &ranges);
+    Ok(SavedMemory { ram, origin: Origin { layers: table.layers, extents: table.extents }, discard })
 }
 
 /// KVM's half of a VM, without processors.

@@ -8,7 +8,7 @@ pub mod slots;
 mod snapshot;
 mod state;
 
-pub use builder::{BuildError, Built, RestoredVm, build, restore};
+pub use builder::{BuildError, Built, Inherited, RestoredVm, build, restore};
 pub use disks::{DiskSlot, Merging, Replace, Settle};
 pub use snapshot::Taken;
 pub use state::{FilesystemSlot, Gauges, NetworkSlot, Refusal, StateError, Vm, VmParts};

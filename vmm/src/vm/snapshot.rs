@@ -1,20 +1,22 @@
 #![allow(unsafe_code)] // forks, at the quiescent point that it has made sure of
-//! The VM's part in a snapshot: its state into memory, a child that writes it, and its disks captured.
+//! The VM's part in a snapshot: its state into memory, a child that writes it or keeps it, and its disks captured.
 
+use std::io;
 use std::sync::PoisonError;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::{StateError, Vm};
+use super::builder::{Inherited, SavedMemory};
+use super::{StateError, Vm, VmParts};
 use crate::api::{CapturedDisk, SnapshotTimes, VmState};
 use crate::arch;
-use crate::fork::Child;
+use crate::fork::{self, Child, Role};
 use crate::snapshot::writer::{self, Target};
 use crate::snapshot::{MachineState, layers};
 use crate::vcpu::VcpuHandle;
 
 pub(super) const MEND: &str = "a snapshot is made of a running or paused VM";
 
-/// A snapshot that is being written.
+/// A snapshot that is being written, or a zygote.
 #[derive(Debug)]
 pub struct Taken {
     pub child: Child,
@@ -27,9 +29,38 @@ fn nanoseconds(since: Instant) -> u64 {
 }
 
 impl Vm {
-    /// Saves a paused VM, forks the child that writes it, and captures the disks. The VM stays as it is: nothing is
-    /// written in here, and what fails leaves the disks as they were.
+    /// Saves a paused VM, forks the child that writes it, and captures the disks.
     pub fn snapshot(&mut self, target: &Target) -> Result<Taken, StateError> {
+        self.take(|state, parts| {
+            let discard = parts.discard.lock().unwrap_or_else(PoisonError::into_inner);
+            // Where nothing lies below, anonymous memory needs no telling.
+            let zero = if parts.origin.extents.is_empty() { Vec::new() } else { discard.anonymous() };
+            drop(discard);
+            // SAFETY: `take` calls this at the quiescent point.
+            unsafe { writer::start(target, state, &parts.ram, &parts.origin, &zero) }
+        })
+    }
+
+    /// Saves a paused VM, forks a child that does `work` with it, and captures the disks.
+    pub fn split(
+        &mut self,
+        role: Role<'_>,
+        work: impl FnOnce(Inherited) -> i32,
+    ) -> Result<Taken, StateError> {
+        self.take(|state, parts| {
+            let discard = parts.discard.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let memory = SavedMemory { ram: parts.ram.clone(), origin: parts.origin.clone(), discard };
+            // SAFETY: `take` calls this at the quiescent point. The closure owns what it works with.
+            unsafe { fork::split(role, || work(Inherited { state, memory })) }
+        })
+    }
+
+    /// Saves a paused VM, has a child forked, and captures the disks. The VM stays as it is: nothing is
+    /// written in here, and what fails leaves the disks as they were.
+    fn take(
+        &mut self,
+        fork: impl FnOnce(MachineState, &VmParts) -> io::Result<Child>,
+    ) -> Result<Taken, StateError> {
         self.require("snapshot", &[VmState::Paused], MEND)?;
         let requests = self.in_flight();
         if requests > 0 {
@@ -39,14 +70,10 @@ impl Vm {
         let begun = Instant::now();
         let state = self.save()?;
         let save_ns = nanoseconds(begun);
-        let discard = self.parts.discard.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where nothing lies below, anonymous memory needs no telling.
-        let zero = if self.parts.origin.extents.is_empty() { Vec::new() } else { discard.anonymous() };
-        drop(discard);
         let begun = Instant::now();
-        // SAFETY: this is the event loop's thread, between two rounds, so no device is at work and it holds no lock; the VM
-        // is paused, which it only becomes when every vCPU thread was seen parked.
-        let child = unsafe { writer::start(target, state, &self.parts.ram, &self.parts.origin, &zero) };
+        // This is the event loop's thread, between two rounds, so no device is at work and it holds no lock; the VM
+        // is paused, which it only becomes when every vCPU thread was seen parked: the quiescent point.
+        let child = fork(state, &self.parts);
         let fork_ns = nanoseconds(begun);
         let child = child.map_err(StateError::Fork)?;
         // Last, as it alone cannot fail. It is the same instant: the guest and the devices stand still, and the child

@@ -63,7 +63,7 @@ pub enum StateError {
     Platform(#[source] arch::SaveStateError),
     #[error(transparent)]
     Part(#[from] SaveError),
-    #[error("snapshot: forking the writer: {0}; the VM goes on")]
+    #[error("forking a copy of the VM: {0}; the VM goes on")]
     Fork(#[source] io::Error),
     #[error("power button: {0}")]
     Button(#[source] io::Error),

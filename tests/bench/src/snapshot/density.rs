@@ -21,33 +21,44 @@ const TARGET_KIB: f64 = 1536.0;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for huge_pages in [false, true] {
+    for (what, huge_pages) in [("restored", false), ("restored, huge pages", true)] {
         let saved = guest(MEMORY_MIB, WRITTEN_MIB, huge_pages)?.snapshot("a", &[]);
-        let mut vms: Vec<Vm> = Vec::new();
-        for count in COUNTS {
-            while vms.len() < count {
-                let mut vm = Restore { huge_pages, ..saved.restore() }.run();
-                // It has run, and is idle.
-                ensure!(vm.run("hello").contains("ok hello"), "the guest does not answer");
-                vms.push(vm);
-            }
-            let what = format!("{count} alive{}", if huge_pages { ", huge pages" } else { "" });
-            let [unique, proportional] = each(&what, &vms)?;
-            // What one alone has of the files is shared with nobody.
-            let bounded = count > 1 && !huge_pages;
-            rows.extend([if bounded { unique.at_most(TARGET_KIB) } else { unique }, proportional]);
-            if count == WRITERS {
-                for vm in &mut vms {
-                    for at in PLACES_MIB.step_by(APART_MIB) {
-                        ensure!(
-                            vm.run(&format!("store,{at},1,9")).contains("ok store"),
-                            "the guest does not write"
-                        );
-                    }
+        let restore = || Restore { huge_pages, ..saved.restore() }.run();
+        rows.extend(of(what, !huge_pages, restore)?);
+    }
+    let mut source = guest(MEMORY_MIB, WRITTEN_MIB, false)?;
+    let mut zygote = source.zygote("z", &[])?;
+    rows.extend(of("cloned", true, || Restore::inherited().run_in(zygote.fork()))?);
+    Ok(rows)
+}
+
+/// Of machines as `make` makes them.
+fn of(kind: &str, bounded: bool, mut make: impl FnMut() -> Vm) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut vms: Vec<Vm> = Vec::new();
+    for count in COUNTS {
+        while vms.len() < count {
+            let mut vm = make();
+            // It has run, and is idle.
+            ensure!(vm.run("hello").contains("ok hello"), "the guest does not answer");
+            vms.push(vm);
+        }
+        let what = format!("{kind}, {count} alive");
+        let [unique, proportional] = each(&what, &vms)?;
+        // What one alone has of the files is shared with nobody.
+        let bounded = bounded && count > 1;
+        rows.extend([if bounded { unique.at_most(TARGET_KIB) } else { unique }, proportional]);
+        if count == WRITERS {
+            for vm in &mut vms {
+                for at in PLACES_MIB.step_by(APART_MIB) {
+                    ensure!(
+                        vm.run(&format!("store,{at},1,9")).contains("ok store"),
+                        "the guest does not write"
+                    );
                 }
-                rows.extend(each(&format!("{what}, each has written 8 MiB in 8 places"), &vms)?);
-                vms.clear();
             }
+            rows.extend(each(&format!("{what}, each has written 8 MiB in 8 places"), &vms)?);
+            vms.clear();
         }
     }
     Ok(rows)

@@ -2,6 +2,7 @@
 //! `/dev/kvm`. Each figure has its reference beside it, measured in the same rounds: what the kernel alone takes for the steps,
 //! and the plain implementation that copies all of a machine's memory.
 
+mod clone;
 mod density;
 mod kernel;
 mod pause;
@@ -21,6 +22,7 @@ const COPIES: usize = 3;
 pub(crate) fn run(rounds: usize) -> Result<Vec<Row>> {
     let mut rows = pause::rows(rounds)?;
     rows.extend(restore::rows(rounds)?);
+    rows.extend(clone::rows(rounds)?);
     rows.iter_mut().for_each(|row| "native".clone_into(&mut row.ground));
     Ok(rows)
 }

@@ -20,8 +20,12 @@ const MACHINES: [(u64, u64); 5] = [(64, 0), (2048, 0), (2048, 64), (2048, 1024),
 const COPIED_MIB: u64 = 2048;
 /// Beyond what the kernel takes for memory slots.
 const TARGET_MS: f64 = 10.0;
-const MANY: usize = 100;
-const IN_FLIGHT: usize = 20;
+pub(super) const MANY: usize = 100;
+#[allow(clippy::cast_precision_loss)] // 100
+pub(super) const COUNT: f64 = MANY as f64;
+/// Forks and VMs of which the reference is the mean.
+pub(super) const REFERENCES: u32 = 20;
+pub(super) const IN_FLIGHT: usize = 20;
 
 pub(super) fn rows(rounds: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -63,6 +67,11 @@ pub(super) fn rows(rounds: usize) -> Result<Vec<Row>> {
 
 /// A snapshot of a guest that says something all the time.
 fn speaking(memory_mib: u64, written_mib: u64) -> Result<Saved> {
+    Ok(speaker(memory_mib, written_mib)?.snapshot("a", &[]))
+}
+
+/// A guest that says something all the time.
+pub(super) fn speaker(memory_mib: u64, written_mib: u64) -> Result<Vm> {
     let mut vm = guest(memory_mib, written_mib, false)?;
     vm.begin("count");
     let console = vm.console.clone().context("no console")?;
@@ -70,11 +79,11 @@ fn speaking(memory_mib: u64, written_mib: u64) -> Result<Saved> {
         console.wait(spore_native::DEADLINE, |text| text.contains("count 1\n").then_some(())).is_some(),
         "it does not count"
     );
-    Ok(vm.snapshot("a", &[]))
+    Ok(vm)
 }
 
 /// Restores and resumes; when the first was answered.
-fn restored(vm: &mut Vm, what: Restore) -> Result<Instant> {
+pub(super) fn restored(vm: &mut Vm, what: Restore) -> Result<Instant> {
     vm.restore(what).context("restore")?;
     let answered = Instant::now();
     ensure!(vm.call(Call::Resume)? == Reply::Done, "it does not resume");
@@ -99,6 +108,26 @@ fn full_copy(saved: &Saved, memory_mib: u64) -> Result<f64> {
     Ok(ms(begun.elapsed()))
 }
 
+/// [`MANY`] machines, [`IN_FLIGHT`] of them being made at a time; each has said its first word and stands still.
+pub(super) fn at_once(make: impl Fn() -> Result<Vm> + Sync) -> Result<Vec<Vm>> {
+    let (next, vms) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let panicked = || anyhow::anyhow!("a worker panicked");
+    std::thread::scope(|scope| {
+        let work = || -> Result<()> {
+            while next.fetch_add(1, Ordering::Relaxed) < MANY {
+                let mut vm = make()?;
+                first_word(&vm)?;
+                ensure!(vm.call(Call::Pause)? == Reply::Done, "it does not pause");
+                vms.lock().map_err(|_| panicked())?.push(vm);
+            }
+            Ok(())
+        };
+        let workers: Vec<_> = (0..IN_FLIGHT).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| panicked())?)
+    })?;
+    vms.into_inner().map_err(|_| panicked())
+}
+
 /// Many of one snapshot, several at a time.
 fn many(rounds: usize) -> Result<Vec<Row>> {
     const MEMORY_MIB: u64 = 2048;
@@ -106,39 +135,18 @@ fn many(rounds: usize) -> Result<Vec<Row>> {
     let alone = Memory::new(MEMORY_MIB, 64, false)?;
     let (mut each, mut kernel) = (Vec::new(), Vec::new());
     for round in 0..=rounds.min(COPIES) {
+        let reference = ms(alone.fork_and_build(REFERENCES)?);
         let begun = Instant::now();
-        let references: Vec<_> =
-            (0..MANY).map(|_| Ok((alone.fork()?, alone.machine()?.0))).collect::<Result<Vec<_>>>()?;
-        let reference = ms(begun.elapsed());
-        drop(references);
-        let (next, vms) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-        let begun = Instant::now();
-        let outcome = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..IN_FLIGHT)
-                .map(|_| {
-                    scope.spawn(|| -> Result<()> {
-                        while next.fetch_add(1, Ordering::Relaxed) < MANY {
-                            let mut vm = Vm::spawn();
-                            restored(&mut vm, saved.restore())?;
-                            first_word(&vm)?;
-                            ensure!(vm.call(Call::Pause)? == Reply::Done, "it does not pause");
-                            vms.lock().map_err(|_| anyhow::anyhow!("a worker panicked"))?.push(vm);
-                        }
-                        Ok(())
-                    })
-                })
-                .collect();
-            workers
-                .into_iter()
-                .try_for_each(|worker| worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))?)
-        });
-        outcome?;
+        let vms = at_once(|| {
+            let mut vm = Vm::spawn();
+            restored(&mut vm, saved.restore())?;
+            Ok(vm)
+        })?;
         if round > 0 {
-            #[allow(clippy::cast_precision_loss)] // 100
-            let count = MANY as f64;
-            each.push(ms(begun.elapsed()) / count);
-            kernel.push(reference / count);
+            each.push(ms(begun.elapsed()) / COUNT);
+            kernel.push(reference);
         }
+        drop(vms);
     }
     let name = format!(
         "restore, {MANY} of one snapshot with {IN_FLIGHT} in flight: each, beside a fork and a bare KVM VM"
