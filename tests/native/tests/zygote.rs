@@ -191,7 +191,7 @@ fn a_zygote_holds_its_socket_and_its_log_alone() {
 fn a_deadline_ends_the_zygote_and_nothing_else() {
     let mut source = Setup::new("shell").boot();
     done(&mut source, "hello");
-    let mut zygote = source.zygote_until("z", &[], 2000).unwrap();
+    let mut zygote = source.zygote_until("z", &[], 4000).unwrap();
     let mut clone = clone_of(&mut zygote);
     zygote.closed();
     done(&mut clone, "hello");
