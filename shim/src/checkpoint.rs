@@ -1,6 +1,11 @@
 //! Checkpoints as containerd's clients see them: a directory that Checkpoint fills and Create is given, with a snapshot
-//! in it that has all that it needs (`snapshot::export_directory`). On this host the snapshot is in the store as well, where
+//! in it that has all that it needs. On this host the snapshot is in the store as well, where
 //! Create finds it again without reading the directory's layers.
+//!
+//! A directory becomes a tar stream, and is removed, or stays. It stays if the client named it (`image_path` of [`CheckpointOptions`]);
+//! containerd from 2.0 on passes that on as the request's path, whatever the runtime is, and packs nothing then. Any other path of a request is a temporary
+//! directory of containerd's, which it packs: always for Docker and CRI, which name none, and before 2.0 also where a client
+//! has named one. So who is not sure that it stays gets it packed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +23,8 @@ use crate::rootfs::Image;
 use crate::rundir::{Running, running};
 use crate::snapshot::manifest::{FILE, LayerKind, Purpose};
 use crate::snapshot::{
-    ImportError, Manifest, Opened, Policy, SnapshotId, Store, StoreError, export_directory, import_directory,
+    ImportError, Manifest, Opened, Placed, Policy, SnapshotId, Store, StoreError, export_directory,
+    export_plain, import_directory,
 };
 use crate::volumes::SavedVolumes;
 
@@ -64,7 +70,7 @@ impl Remembered {
 pub(crate) struct Wishes {
     /// The task shall end with it.
     pub(crate) exit: bool,
-    /// A directory for the checkpoint, beside the one that containerd names.
+    /// A directory for the checkpoint, which containerd itself names in the request, or names another.
     pub(crate) image_path: Option<PathBuf>,
 }
 
@@ -125,14 +131,31 @@ pub(crate) fn forget_hibernations(
     Ok(())
 }
 
-/// Where a checkpoint shall go: the directories that a client names, of which none has one yet.
-pub(crate) fn directories(path: String, image_path: Option<PathBuf>) -> Result<Vec<PathBuf>, Error> {
+/// Where a checkpoint shall go.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Becomes a tar stream, which has no holes and shares nothing.
+    Packed(PathBuf),
+    /// Stays, and is the client's.
+    Plain(PathBuf),
+}
+
+impl Target {
+    fn dir(&self) -> &Path {
+        let (Self::Packed(dir) | Self::Plain(dir)) = self;
+        dir
+    }
+}
+
+/// The directories for a checkpoint, of which none has one yet.
+pub(crate) fn targets(path: String, image_path: Option<PathBuf>) -> Result<Vec<Target>, Error> {
     if path.is_empty() {
         return Err(Error::Invalid("checkpoint: the request names no directory for it".into()));
     }
-    let mut to = vec![PathBuf::from(path)];
-    to.extend(image_path.filter(|path| *path != to[0]));
-    match to.iter().find(|dir| dir.join(FILE).exists()) {
+    let path = PathBuf::from(path);
+    let packed = (image_path.as_ref() != Some(&path)).then_some(Target::Packed(path));
+    let to: Vec<_> = packed.into_iter().chain(image_path.map(Target::Plain)).collect();
+    match to.iter().map(Target::dir).find(|dir| dir.join(FILE).exists()) {
         Some(taken) => Err(Error::State(format!(
             "checkpoint: there is one in {} already; remove it or name another directory",
             taken.display()
@@ -142,13 +165,18 @@ pub(crate) fn directories(path: String, image_path: Option<PathBuf>) -> Result<V
 }
 
 /// Writes a snapshot of the store into directories of a client's.
-pub(crate) fn export(store: &Store, id: SnapshotId, to: &[PathBuf]) -> Result<(), StoreError> {
+pub(crate) fn export(store: &Store, id: SnapshotId, to: &[Target]) -> Result<Placed, StoreError> {
     let snapshot = store.open(id)?;
-    for dir in to {
+    let mut placed = Placed::default();
+    for target in to {
+        let dir = target.dir();
         std::fs::create_dir_all(dir).map_err(StoreError::own("make", dir))?;
-        export_directory(&snapshot, dir)?;
+        match target {
+            Target::Packed(dir) => export_directory(&snapshot, dir)?,
+            Target::Plain(dir) => placed = export_plain(&snapshot, dir)?,
+        }
     }
-    Ok(())
+    Ok(placed)
 }
 
 /// A checkpoint that a task is going to be.
@@ -300,6 +328,23 @@ mod tests {
         assert_eq!(Remembered::of(&labels), Some(remembered));
         labels.insert(MEMORY_MIB.into(), "much".into());
         assert_eq!(Remembered::of(&labels), None);
+    }
+
+    #[test]
+    fn only_a_directory_that_the_client_named_stays() {
+        let named = |path: &str| Some(PathBuf::from(path));
+        let packed = |path: &str| Target::Packed(path.into());
+        let plain = |path: &str| Target::Plain(path.into());
+        assert_eq!(targets("/run/ctrd-checkpoint1".into(), None).unwrap(), [packed("/run/ctrd-checkpoint1")]);
+        assert_eq!(targets("/mine".into(), named("/mine")).unwrap(), [plain("/mine")]);
+        let both = [packed("/run/ctrd-checkpoint1"), plain("/mine")];
+        assert_eq!(targets("/run/ctrd-checkpoint1".into(), named("/mine")).unwrap(), both);
+        assert!(targets(String::new(), named("/mine")).is_err());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(FILE), "").unwrap();
+        let path = dir.path().to_string_lossy().into_owned();
+        assert!(targets(path.clone(), None).is_err());
+        assert!(targets("/elsewhere".into(), named(&path)).is_err());
     }
 
     #[test]

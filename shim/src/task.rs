@@ -21,7 +21,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use crate::checkpoint::{Wishes, directories};
+use crate::checkpoint::{Wishes, targets};
 use crate::container::{Container, Exec, timestamp};
 use crate::error::Error;
 use crate::io::Stdio;
@@ -275,11 +275,11 @@ impl Task for TaskService {
         Ok(StatsResponse { stats: Some(any(METRICS, &metrics)?).into(), ..Default::default() })
     }
 
-    /// containerd's client has paused the task, and packs the directory afterwards.
+    /// containerd's client has paused the task. containerd packs the directory afterwards, unless the client named it.
     async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.find(&request.id)?;
         let wishes = Wishes::decode(request.options.as_ref())?;
-        let to = directories(request.path, wishes.image_path)?;
+        let to = targets(request.path, wishes.image_path)?;
         let store = self.sandbox.store();
         to_the_end("checkpoint", async move { container.checkpoint(store, to, wishes.exit).await }).await?;
         Ok(Empty::new())

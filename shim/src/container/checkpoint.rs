@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,11 +11,11 @@ use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
 use slog::{Logger, info, warn};
 
 use super::{Container, Phase};
-use crate::checkpoint::{Remembered, admit, blocking, export, memory_file};
+use crate::checkpoint::{Remembered, Target, admit, blocking, export, memory_file};
 use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
 use crate::snapshot::manifest::{Disk, LayerKind, Purpose, Volumes};
-use crate::snapshot::{Draft, Manifest, SnapshotId, Store, StoreError, digest};
+use crate::snapshot::{Draft, Manifest, Placed, SnapshotId, Store, StoreError, digest};
 use crate::vm::{Destination, Saved, SnapshotTimes, Then, VmError};
 use crate::volumes::SavedVolumes;
 
@@ -75,7 +74,7 @@ impl Container {
     pub(crate) async fn checkpoint(
         self: &Arc<Self>,
         store: Store,
-        to: Vec<PathBuf>,
+        to: Vec<Target>,
         end: bool,
     ) -> Result<(), Error> {
         let staying = self.staying.read().await;
@@ -85,8 +84,7 @@ impl Container {
         let written = async {
             let id = self.finish(taken, Purpose::Checkpoint).await?;
             let store = store.clone();
-            blocking(move || export(&store, id, &to)).await?;
-            Ok::<_, Error>(id)
+            Ok::<_, Error>((id, blocking(move || export(&store, id, &to)).await?))
         };
         let written = written.await;
         drop(staying);
@@ -97,8 +95,9 @@ impl Container {
         if !end {
             tokio::spawn(Arc::clone(self).look_after_layers());
         }
-        let id = written?;
-        info!(self.log, "checkpoint"; "snapshot" => %id);
+        let (id, Placed { reflinked, linked, copied }) = written?;
+        info!(self.log, "checkpoint"; "snapshot" => %id,
+            "reflinked" => reflinked, "linked" => linked, "copied" => copied);
         let turn = match turn {
             Some(turn) => turn,
             None => self.turn.lock().await,

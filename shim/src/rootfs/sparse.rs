@@ -16,12 +16,15 @@ const CHUNK: usize = 256 * 1024;
 
 /// Makes `to` (new and empty) an equal of `from`.
 pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
+    if reflink(from, to) { Ok(()) } else { copy_data(from, to) }
+}
+
+/// The same without writing any data: whether both files share their blocks now, each until it is written to. Not
+/// every file system can, and none across two of them.
+pub(crate) fn reflink(from: &File, to: &File) -> bool {
     // SAFETY: both descriptors are open for the duration of the call; FICLONE takes the
     // source descriptor as its argument and touches no memory of ours.
-    if unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } == 0 {
-        return Ok(());
-    }
-    copy_data(from, to)
+    unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) == 0 }
 }
 
 fn copy_data(from: &File, to: &File) -> io::Result<()> {

@@ -5,13 +5,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tar::{EntryType, Header};
 
 use super::error::{StoreError, host};
 use super::manifest::{FILE, STATE, VOLUMES};
 use super::pack::Packed;
+use super::store::sync_directory;
 use super::{ManifestError, Opened};
 
 /// Before a layer's name.
@@ -86,24 +87,46 @@ pub fn export_tar(snapshot: &Opened, out: &mut dyn Write) -> Result<(), StoreErr
 /// Writes the same files, durably, into a directory where none of these names is taken. What was made is removed when
 /// that fails.
 pub fn export_directory(snapshot: &Opened, dir: &Path) -> Result<(), StoreError> {
-    let mut made = Vec::new();
-    let result = files(snapshot, |name, content| {
+    let mut made = Made::default();
+    files(snapshot, |name, content| {
         let path = dir.join(name);
-        let mut options = OpenOptions::new();
-        let file = options.write(true).create_new(true).mode(0o600).open(&path);
-        let mut file = file.map_err(host("make", &path))?;
-        made.push(path.clone());
+        let mut file = made.create(&path)?;
         let mut out = io::BufWriter::new(&mut file);
         content.write(&mut out).and_then(|()| out.flush()).map_err(host("write", &path))?;
         drop(out);
         file.sync_all().map_err(host("write back", &path))
-    });
-    let result =
-        result.and_then(|()| File::open(dir).and_then(|dir| dir.sync_all()).map_err(host("write back", dir)));
-    if result.is_err() {
-        for path in made {
+    })?;
+    sync_directory(dir)?;
+    made.keep();
+    Ok(())
+}
+
+/// Files outside the store that are removed unless all of it succeeds.
+#[derive(Default)]
+pub(super) struct Made(Vec<PathBuf>);
+
+impl Made {
+    pub(super) fn create(&mut self, path: &Path) -> Result<File, StoreError> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(host("make", path))?;
+        self.add(path);
+        Ok(file)
+    }
+
+    pub(super) fn add(&mut self, path: &Path) {
+        self.0.push(path.to_owned());
+    }
+
+    pub(super) fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.0 {
             let _ = std::fs::remove_file(path);
         }
     }
-    result
 }

@@ -9,6 +9,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use tar::{EntryType, Header, PaxExtensions};
@@ -16,7 +17,7 @@ use tar::{EntryType, Header, PaxExtensions};
 use super::error::{FileError, StoreError, host};
 use super::export::{BLOCK, PREFIX};
 use super::manifest::{FILE, Layer, MAX_BYTES, MAX_STATE, Manifest, Purpose, STATE, SnapshotId, VOLUMES};
-use super::opened::same;
+use super::opened::{self, same};
 use super::pack::{PackError, unpack};
 use super::store::file_in;
 use super::{Draft, Policy, Store, sparse};
@@ -113,6 +114,24 @@ impl<'a> Receiver<'a> {
             }
         }
         Ok(None)
+    }
+
+    /// Takes a layer that is not packed. It may be somebody else's to write, now and later: what counts is the copy.
+    fn take_plain(&mut self, layer: &Layer, file: &File) -> Result<(), ImportError> {
+        let name = layer.file_name();
+        let id = self.manifest.as_ref().map_or(self.draft.id(), |(manifest, _)| manifest.id);
+        let metadata = file.metadata().map_err(read)?;
+        opened::length(file, layer.file.length).map_err(|source| StoreError::File {
+            id,
+            file: name.clone(),
+            source,
+        })?;
+        // Holes take no room.
+        self.store.admit(&self.policy, metadata.blocks().saturating_mul(512).min(metadata.len()))?;
+        let (to, path) = (self.draft.create(&name)?, self.draft.path(&name));
+        sparse::copy(file, &to).and_then(|()| to.sync_all()).map_err(host("copy", &path))?;
+        self.files.insert(name);
+        Ok(())
     }
 
     fn take_manifest(&mut self, size: u64, input: &mut dyn Read) -> Result<Option<SnapshotId>, ImportError> {
@@ -298,28 +317,40 @@ fn pad(input: &mut dyn Read, size: u64) -> Result<(), ImportError> {
     bytes(input, rest).map(drop)
 }
 
-/// The same from the files of a directory. Others may be there, and are left alone.
+/// The same from the files of a directory, whose layers are packed or as [`super::plain`] leaves them. Others may be there, and are left
+/// alone. The store gets its own copy of each: what becomes of the directory later is nothing to it.
 pub fn import_directory(store: &Store, dir: &Path, policy: &Policy) -> Result<SnapshotId, ImportError> {
     let mut receiver = Receiver::new(store, policy)?;
-    let opened = File::open(dir).map_err(host("open", dir))?;
-    let mut take = |name: &str| {
-        let mut file = file_in(&opened, name).map_err(|error| match error {
-            FileError::Missing => ImportError::Missing(name.to_owned()),
-            error => refused(name, error.to_string()),
-        })?;
-        let size = file.metadata().map_err(read)?.len();
-        receiver.take(name, size, &mut file).map(|known| (known, receiver.manifest.clone()))
+    let dir = File::open(dir).map_err(host("open", dir))?;
+    let open = |name: &str| match file_in(&dir, name) {
+        Ok(file) => Ok(Some(file)),
+        Err(FileError::Missing) => Ok(None),
+        Err(error) => Err(refused(name, error.to_string())),
     };
-    let (known, manifest) = take(FILE)?;
-    if let Some(known) = known {
+    let missing = |name: &str| ImportError::Missing(name.to_owned());
+    let whole = |receiver: &mut Receiver<'_>, name: &str| {
+        let mut file = open(name)?.ok_or_else(|| missing(name))?;
+        let size = file.metadata().map_err(read)?.len();
+        receiver.take(name, size, &mut file)
+    };
+    if let Some(known) = whole(&mut receiver, FILE)? {
         return Ok(known);
     }
-    for layer in manifest.iter().flat_map(|(manifest, _)| &manifest.layers) {
-        take(&format!("{PREFIX}{}", layer.file_name()))?;
+    let Some((manifest, _)) = receiver.manifest.clone() else { return Err(missing(FILE)) };
+    for layer in &manifest.layers {
+        let (name, packed) = (layer.file_name(), format!("{PREFIX}{}", layer.file_name()));
+        if let Some(file) = open(&name)? {
+            receiver.take_plain(layer, &file)?;
+        } else if let Some(mut file) = open(&packed)? {
+            let size = file.metadata().map_err(read)?.len();
+            receiver.take(&packed, size, &mut file)?;
+        } else {
+            return Err(missing(&name));
+        }
     }
-    take(STATE)?;
-    if manifest.iter().any(|(manifest, _)| manifest.volumes.is_some()) {
-        take(VOLUMES)?;
+    whole(&mut receiver, STATE)?;
+    if manifest.volumes.is_some() {
+        whole(&mut receiver, VOLUMES)?;
     }
     receiver.finish()
 }

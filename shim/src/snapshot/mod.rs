@@ -19,7 +19,7 @@
 //!
 //! Rooms: [`manifest`] the format, `store` what there is, `draft` making one, `opened` one that is read,
 //! `room` quota, pruning and admission, `template` names, `sparse` digests and extents of sparse files, `pack` + `export` +
-//! `import` snapshots in tar streams and in other directories.
+//! `import` snapshots in tar streams and in directories that become some, `plain` in directories that stay.
 
 mod draft;
 mod error;
@@ -28,6 +28,7 @@ mod import;
 pub mod manifest;
 mod opened;
 mod pack;
+mod plain;
 mod room;
 mod sparse;
 mod store;
@@ -42,6 +43,7 @@ pub use self::export::{export_directory, export_tar};
 pub use self::import::{ImportError, import_directory, import_tar};
 pub use self::manifest::{Manifest, ManifestError, SnapshotId};
 pub use self::opened::Opened;
+pub use self::plain::{Placed, export_plain};
 pub use self::room::{Policy, Pruned, Size};
 pub(crate) use self::sparse::digest;
 pub use self::store::{Entry, Listing, Store};

@@ -85,7 +85,7 @@ fn content(dir: &File, name: &str, expected: &manifest::File) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-fn length(file: &File, expected: u64) -> Result<(), FileError> {
+pub(super) fn length(file: &File, expected: u64) -> Result<(), FileError> {
     let found = file.metadata()?.len();
     if found == expected { Ok(()) } else { Err(FileError::Length { found, expected }) }
 }

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::hex;
 use crate::rootfs::next_data;
+use crate::rootfs::sparse::reflink;
 
 pub(super) const PIECE: u64 = 64 * 1024;
 #[allow(clippy::cast_possible_truncation)]
@@ -54,6 +55,17 @@ pub(crate) fn digest(file: &File) -> io::Result<String> {
         Ok(())
     })?;
     Ok(hex(&hash.finalize()))
+}
+
+/// Makes `to`, which is new and empty, an equal of `from`, which may have no holes where it could: by reflink where that can
+/// be, else what is not zeroes is written.
+pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
+    if reflink(from, to) { Ok(()) } else { write_data(from, to) }
+}
+
+pub(super) fn write_data(from: &File, to: &File) -> io::Result<()> {
+    to.set_len(from.metadata()?.len())?;
+    pieces(from, |at, bytes| if is_zero(bytes) { Ok(()) } else { to.write_all_at(bytes, at) }).map(drop)
 }
 
 /// Offset and length of the data, in whole pieces, ascending and apart from each other; at most `max`, for which gaps are

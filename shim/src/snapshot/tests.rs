@@ -2,6 +2,7 @@ mod archive;
 mod damaged;
 mod hostile;
 mod kill;
+mod plain;
 mod room;
 mod template;
 

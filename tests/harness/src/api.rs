@@ -1,5 +1,6 @@
 //! Calls of containerd's API that `ctr` has no word for.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -19,6 +20,9 @@ use crate::bed::Subject;
 /// The types of OCI resources and of an OCI process as containerd's clients send them, in JSON.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
+/// The tag of `criu_image_path` in them, of a string shorter than 128 bytes.
+const CRIU_IMAGE_PATH: u8 = 10 << 3 | 2;
 const SIGKILL: u32 = 9;
 /// For one call. Emulated machines are slow.
 const DEADLINE: Duration = Duration::from_secs(240);
@@ -52,6 +56,25 @@ pub fn update(subject: &Subject, id: &str, resources: &Value) -> Result<Answer<(
 
 /// Tasks.Create of a container that is there; its pid.
 pub fn create(subject: &Subject, id: &str, streams: Streams) -> Result<u32> {
+    Ok(create_with(subject, id, streams, None)??)
+}
+
+/// Tasks.Create of a container that is there from a checkpoint in a directory, which containerd from 2.0 on takes from runc's options for
+/// any runtime; its pid.
+pub fn create_from(subject: &Subject, id: &str, checkpoint: &Path) -> Result<Answer<u32>> {
+    let path = checkpoint.to_str().context("a path")?;
+    let length = u8::try_from(path.len()).ok().filter(|length| *length < 0x80).context("a shorter path")?;
+    let value = [&[CRIU_IMAGE_PATH, length], path.as_bytes()].concat();
+    let options = prost_types::Any { type_url: RUNC_OPTIONS.to_owned(), value };
+    create_with(subject, id, Streams::default(), Some(options))
+}
+
+fn create_with(
+    subject: &Subject,
+    id: &str,
+    streams: Streams,
+    options: Option<prost_types::Any>,
+) -> Result<Answer<u32>> {
     calling(subject, async |client, namespace| {
         // `ctr` names the snapshot after its container.
         let mounts = MountsRequest { snapshotter: "overlayfs".into(), key: id.to_owned() };
@@ -63,9 +86,10 @@ pub fn create(subject: &Subject, id: &str, streams: Streams) -> Result<u32> {
             stdout: streams.stdout,
             stderr: streams.stderr,
             terminal: streams.terminal,
+            options,
             ..Default::default()
         };
-        Ok(client.tasks().create(namespace.of(create)?).await?.into_inner().pid)
+        Ok(client.tasks().create(namespace.of(create)?).await.map(|answer| answer.into_inner().pid))
     })
 }
 

@@ -1,5 +1,6 @@
 //! A snapshot of a container's machine is a checkpoint of containerd's, and a task again.
 
+mod by_path;
 mod disks;
 mod hibernate;
 mod keeper;
@@ -24,6 +25,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("checkpoint::a_counter_goes_on_where_it_was", a_counter_goes_on).spore_only().starts(3),
     // The ctr of 1.7 tells only runc.
     Case::new("checkpoint::with_exit_the_task_ends", with_exit).spore_only().starts(2).since("2."),
+    // Nor does the containerd of 1.7 know paths of others.
+    Case::new("checkpoint::by_path_is_a_delta", by_path::delta).spore_only().starts(4).since("2."),
     Case::new("checkpoint::with_volumes", with_volumes).spore_only().starts(2),
     Case::new("checkpoint::of_what_cannot_be_is_refused", refusals).spore_only().starts(1),
     // What is in the store afterwards is counted.
