@@ -11,9 +11,9 @@ use crate::call::{Call, Output};
 use crate::containerd::{Containerd, Runtime};
 use crate::docker::Docker;
 use crate::image;
-use crate::job::NOT_INSTALLED;
+use crate::job::{APPLICATIONS, NOT_INSTALLED, PAYLOAD};
 use crate::leftovers::{self, Inventory};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 
 const BUSYBOX_PROGRAM: &str = "/bin/busybox";
 /// Below it lie roots and states of the instances; on the ground's disk, as overlayfs needs.
@@ -98,11 +98,12 @@ pub struct Subject {
     pub series: String,
     pub runtime: Runtime,
     warm: Arc<OnceLock<Result<(), String>>>,
+    applications: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl Subject {
     pub fn new(bed: Arc<Bed>, series: &str, runtime: Runtime) -> Self {
-        Self { bed, series: series.to_owned(), runtime, warm: Arc::default() }
+        Self { bed, series: series.to_owned(), runtime, warm: Arc::default(), applications: Arc::default() }
     }
 
     /// Runs a case, alone if it asks for that.
@@ -200,6 +201,22 @@ impl Subject {
             if output.success() { Ok(()) } else { Err(output.to_string()) }
         });
         warm.clone().map_err(|error| anyhow!("the first container: {error}"))
+    }
+
+    /// Gives the containerd, of 1.7 or newer, the image [`image::APPLICATIONS`], once.
+    pub fn import_applications(&self) -> Result<()> {
+        let import = || -> Result<()> {
+            let archive = Path::new(PAYLOAD).join(APPLICATIONS);
+            ensure!(
+                archive.exists(),
+                "{} is not on the ground: spore-testbed run --applications",
+                archive.display()
+            );
+            // 209 MB through the transfer service, in small messages, take an emulated machine two minutes.
+            self.with(|containerd| containerd.import(&archive, "overlayfs", &["--local"]))
+        };
+        let imported = self.applications.get_or_init(|| import().map_err(|error| format!("{error:#}")));
+        imported.clone().map_err(|error| anyhow!("the image of applications: {error}"))
     }
 
     /// Directories of this containerd whose files are counted.

@@ -3,6 +3,7 @@
 mod by_path;
 mod disks;
 mod hibernate;
+mod integrity;
 mod keeper;
 mod rollback;
 
@@ -48,6 +49,18 @@ pub(crate) const CASES: &[Case] = &[
         .alone()
         .newest_unless_soak()
         .starts(3),
+    Case::new("checkpoint::integrity_of_postgresql", integrity::postgresql)
+        .spore_only()
+        .newest_unless_soak()
+        .starts(6),
+    Case::new("checkpoint::integrity_of_hashes", integrity::hashes)
+        .spore_only()
+        .newest_unless_soak()
+        .starts(6),
+    Case::new("checkpoint::integrity_of_sqlite", integrity::sqlite)
+        .spore_only()
+        .newest_unless_soak()
+        .starts(6),
 ];
 
 /// How long a program may take to show what it does.
