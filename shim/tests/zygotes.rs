@@ -152,6 +152,35 @@ async fn what_is_no_zygote_or_forks_nothing_makes_no_clone_and_leaves_nothing() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_goes_on_when_its_source_is_killed_and_no_more_come_of_that() {
+    let source = Scene::new("killed").await;
+    let told = zygote(&source).await.unwrap();
+    let (host, task) = neighbour(&source, "survivor").await;
+    shall_be_clone_of(&host, &told.zygote);
+    task.create(ctx(), &host.request()).await.unwrap();
+    task.start(ctx(), &start_request(&host)).await.unwrap();
+
+    let shim = source.host.recorded_pid("shim");
+    support::host::send_signal(shim, nix::sys::signal::Signal::SIGKILL);
+    support::scene::until("the source's shim is gone", || is_zombie(shim)).await;
+    assert!(!sockets(&source).is_empty(), "nobody has removed it");
+    let (late, late_task) = neighbour(&source, "late").await;
+    shall_be_clone_of(&late, &told.zygote);
+    let (found, message) = code(late_task.create(ctx(), &late.request()).await);
+    assert_eq!(found, Code::NOT_FOUND, "{message}");
+    leave(late, late_task).await;
+    source.host.delete();
+    assert!(!source.host.path("run/test/killed").exists());
+
+    let state = task.state(ctx(), &state_request(&host)).await.unwrap();
+    assert_eq!(state.status.unwrap(), Status::RUNNING);
+    task.kill(ctx(), &kill_request(&host, 9)).await.unwrap();
+    assert_eq!(task.wait(ctx(), &wait_request(&host)).await.unwrap().exit_status, 137);
+    task.delete(ctx(), &delete_request(&host)).await.unwrap();
+    leave(host, task).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn there_is_no_zygote_of_what_does_not_run() {
     let source = Scene::new("stopped").await;
     let missing = ZygoteRequest { id: "nobody".into(), ..Default::default() };

@@ -2,7 +2,8 @@
 //! lasts for as long as its clones are being made.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use slog::info;
@@ -15,19 +16,24 @@ use crate::snapshot::{SnapshotId, StoreError};
 use crate::vm::{SnapshotTimes, VmError};
 use crate::zygote::{Address, Parts, Served, serve};
 
-/// Those of a container that there are, by address.
-#[derive(Clone, Default)]
-pub(super) struct Zygotes(Arc<Mutex<HashMap<String, Served>>>);
+type Map = Mutex<HashMap<String, Served>>;
+
+/// Those of a container that there are, by address. They end with it.
+#[derive(Default)]
+pub(super) struct Zygotes(Arc<Map>);
 
 impl Zygotes {
-    fn all(&self) -> std::sync::MutexGuard<'_, HashMap<String, Served>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn add(&self, address: String, serve: impl FnOnce(Weak<Map>) -> io::Result<Served>) -> io::Result<()> {
+        // Locked: its end finds it.
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(address, serve(Arc::downgrade(&self.0))?);
+        Ok(())
     }
+}
 
-    /// Ends it; whether there was one.
-    fn end(&self, address: &str) -> bool {
-        self.all().remove(address).is_some()
-    }
+/// Whether there was one.
+fn remove(zygotes: &Map, address: &str) -> bool {
+    zygotes.lock().unwrap_or_else(PoisonError::into_inner).remove(address).is_some()
 }
 
 /// A zygote that waits for clones.
@@ -65,25 +71,26 @@ impl Container {
         let parts = forked?;
         let stood = if phase == Phase::Running { begun.elapsed() } else { Duration::ZERO };
         let (times, named) = (parts.zygote.times.clone(), address.to_string());
-        let (this, zygotes, known) = (Arc::clone(self), self.zygotes.clone(), named.clone());
-        let over = move || {
-            zygotes.end(&known);
-        };
-        let dir = self.live().vm.shared_dir();
-        let host = |source| VmError::Host { operation: "serve a zygote", source };
-        // Locked: its end finds it.
-        let mut all = self.zygotes.all();
-        all.insert(named.clone(), serve(parts, dir, &address, self.log.clone(), over).map_err(host)?);
-        drop(all);
+        let (dir, log) = (self.live().vm.shared_dir(), self.log.clone());
+        let served = self.zygotes.add(named.clone(), |zygotes| {
+            let known = named.clone();
+            let over = move || {
+                if let Some(zygotes) = zygotes.upgrade() {
+                    remove(&zygotes, &known);
+                }
+            };
+            serve(parts, dir, &address, log, over)
+        });
+        served.map_err(|source| VmError::Host { operation: "serve a zygote", source })?;
         drop(staying);
-        tokio::spawn(this.look_after_layers());
+        tokio::spawn(Arc::clone(self).look_after_layers());
         info!(self.log, "zygote"; "zygote" => &named);
         Ok(Waiting { address: named, stood, times })
     }
 
     /// Ends a zygote, and with it that it can be asked for clones.
     pub(crate) fn end_zygote(&self, address: &str) -> Result<(), Error> {
-        match self.zygotes.end(address) {
+        match remove(&self.zygotes.0, address) {
             true => Ok(()),
             false => Err(Error::State(format!("there is no zygote {address:?} of container {}", self.id))),
         }

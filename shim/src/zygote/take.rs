@@ -30,6 +30,11 @@ impl Source {
     }
 }
 
+/// The same file with a place of its own to read at: other clones have this descriptor's.
+fn own(fd: &OwnedFd) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
 fn nonsense(detail: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, detail)
 }
@@ -73,7 +78,7 @@ fn restored(described: Described, fds: Vec<OwnedFd>) -> io::Result<Restored> {
     }
     let remembered =
         Remembered::of_machine(&labels, vcpus).ok_or_else(|| nonsense("it is no container's machine"))?;
-    let mut files = fds.into_iter().map(File::from);
+    let mut files = fds.iter().map(own).collect::<io::Result<Vec<_>>>()?.into_iter();
     let memory = memory.into_iter().zip(files.by_ref()).collect();
     let lower = lower.into_iter().zip(files.by_ref()).map(|(lower, file)| {
         let image = match lower.sha256 {

@@ -1,7 +1,7 @@
 //! `spore clone`: a zygote of a container, or a snapshot, and ordinary containers of containerd's that are made of it. All of them, or
 //! none: what was made is taken back when one fails.
 
-mod origin;
+pub(crate) mod origin;
 mod plan;
 
 use std::time::{Duration, Instant};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use containerd_shim_spore::api::v1::snapshots::{EndZygoteRequest, ZygoteRequest};
+use containerd_shim_spore::api::v1::snapshots::{EndZygoteRequest, ZygoteRequest, ZygoteResponse};
 use containerd_shim_spore::api::v1::snapshots_ttrpc::SnapshotsClient;
 use containerd_shim_spore::snapshot::SnapshotId;
 use ttrpc::context::Context;
@@ -44,14 +44,7 @@ impl Origin {
     /// Nobody needs it any more.
     pub(super) async fn end(&self, global: &Global, source: &str) {
         let Self::Zygote { address, .. } = self else { return };
-        let ended = async {
-            let client = SnapshotsClient::new(shim_of(global, source).await?);
-            let request =
-                EndZygoteRequest { id: source.into(), zygote: address.clone(), ..Default::default() };
-            let answer = client.end_zygote(Context::default(), &request).await;
-            answer.map(drop).map_err(|error| Failure::of_shim(source, error))
-        };
-        if let Err(error) = ended.await {
+        if let Err(error) = end(global, source, address).await {
             // Its container may have ended meanwhile.
             eprintln!("spore: warning: the zygote of {source} ends within a minute by itself: {error}");
         }
@@ -76,16 +69,27 @@ fn snapshot(global: &Global, source: &str, wanted: &str) -> Result<SnapshotId, F
 
 async fn zygote(global: &Global, source: &str) -> Result<Origin, Failure> {
     let begun = Instant::now();
-    let client = SnapshotsClient::new(shim_of(global, source).await?);
-    let request = ZygoteRequest { id: source.into(), ..Default::default() };
-    let call = async { client.zygote(Context::default(), &request).await };
     let what = format!("forking a zygote of {source}");
     let anyway = format!("a zygote of {source} may be there, and ends by itself within a minute");
-    let answer = progress::answered(call, &what, &anyway).await?;
-    let answer = answer.map_err(|error| Failure::of_shim(source, error))?;
+    let answer = progress::answered(ask(global, source), &what, &anyway).await??;
     Ok(Origin::Zygote {
         address: answer.zygote,
         stood: Duration::from_nanos(answer.stood_ns),
         took: begun.elapsed(),
     })
+}
+
+/// Has the container's shim fork one, without a word.
+pub(crate) async fn ask(global: &Global, container: &str) -> Result<ZygoteResponse, Failure> {
+    let client = SnapshotsClient::new(shim_of(global, container).await?);
+    let request = ZygoteRequest { id: container.into(), ..Default::default() };
+    client.zygote(Context::default(), &request).await.map_err(|error| Failure::of_shim(container, error))
+}
+
+/// Has it end, which its clones do not notice.
+pub(crate) async fn end(global: &Global, container: &str, zygote: &str) -> Result<(), Failure> {
+    let client = SnapshotsClient::new(shim_of(global, container).await?);
+    let request = EndZygoteRequest { id: container.into(), zygote: zygote.into(), ..Default::default() };
+    let answer = client.end_zygote(Context::default(), &request).await;
+    answer.map(drop).map_err(|error| Failure::of_shim(container, error))
 }
