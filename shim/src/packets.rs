@@ -6,7 +6,8 @@ use std::os::fd::{OwnedFd, RawFd};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use spore_vmm::api::MAX_FDS;
+
+use crate::vm::MAX_FDS;
 
 /// Sends one packet.
 pub(crate) fn send(socket: RawFd, packet: &[u8], fds: &[RawFd]) -> io::Result<()> {

@@ -21,7 +21,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use slog::{Logger, warn};
 use spore_vmm::api::{Call, DiskConfig, FailureCode, FdIndex, Metrics, NetworkConfig, RateLimit, Reply};
-pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, SnapshotTimes};
+pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, MAX_FDS, MAX_MESSAGE, SnapshotTimes};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;

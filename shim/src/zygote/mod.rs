@@ -19,13 +19,13 @@ use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use spore_vmm::api::MAX_MESSAGE;
 
 pub(crate) use self::serve::{Parts, Served, serve};
 pub(crate) use self::take::{Source, connect};
 use crate::packets;
 use crate::snapshot::SnapshotId;
 use crate::snapshot::manifest::Export;
+use crate::vm::{MAX_FDS, MAX_MESSAGE};
 
 /// Of the annotation's value.
 const SCHEME: &str = "zygote:";
@@ -120,7 +120,7 @@ fn limit(socket: &OwnedFd) -> io::Result<()> {
 fn send(socket: &OwnedFd, what: &impl Serialize, fds: &[&dyn AsRawFd]) -> io::Result<()> {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     let packet = serde_json::to_vec(what)?;
-    if packet.len() > MAX_MESSAGE || fds.len() > spore_vmm::api::MAX_FDS {
+    if packet.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the machine has too many parts"));
     }
     packets::send(socket.as_raw_fd(), &packet, &fds)
