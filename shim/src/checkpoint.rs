@@ -27,6 +27,7 @@ use crate::snapshot::{
     export_plain, import_directory,
 };
 use crate::volumes::SavedVolumes;
+use crate::zygote;
 
 /// The name of [`CheckpointOptions`], which clients send whatever the runtime is.
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
@@ -62,6 +63,12 @@ impl Remembered {
             terminal: labels.get(TERMINAL)?.parse().ok()?,
             memory_mib: labels.get(MEMORY_MIB)?.parse().ok()?,
         })
+    }
+
+    /// Of a machine with so many processors, if that can be one of Spore's.
+    pub(crate) fn of_machine(labels: &BTreeMap<String, String>, vcpus: u8) -> Option<Self> {
+        Self::of(labels)
+            .filter(|found| crate::config::is_machine(vcpus, found.memory_mib) && !found.guest_id.is_empty())
     }
 }
 
@@ -183,7 +190,9 @@ pub(crate) fn export(store: &Store, id: SnapshotId, to: &[Target]) -> Result<Pla
 pub(crate) struct Restored {
     pub(crate) remembered: Remembered,
     pub(crate) vcpus: u8,
-    pub(crate) state: File,
+    /// Nothing if its VMM is forked off a zygote.
+    pub(crate) state: Option<File>,
+    pub(crate) zygote: Option<zygote::Source>,
     /// Memory layers by id.
     pub(crate) memory: Vec<(String, File)>,
     /// Read-only disks by serial.
@@ -231,13 +240,11 @@ impl Restored {
     pub(crate) fn new(opened: &Opened) -> Result<Self, ImportError> {
         let Opened { manifest, state, volumes, .. } = opened;
         let unfit = |detail: &str| ImportError::Entry { name: FILE.into(), detail: detail.into() };
-        let remembered = Remembered::of(&manifest.labels)
-            .ok_or_else(|| unfit("it is no container's: labels are missing or malformed"))?;
-        if !crate::config::is_machine(manifest.vcpus, remembered.memory_mib)
-            || remembered.guest_id.is_empty()
-            || manifest.layers.len() > MOST_LAYERS
-        {
-            return Err(unfit("no machine of Spore's is like that"));
+        let remembered = Remembered::of_machine(&manifest.labels, manifest.vcpus).ok_or_else(|| {
+            unfit("it is no container's: labels are missing or malformed, or no machine of Spore's is like that")
+        })?;
+        if manifest.layers.len() > MOST_LAYERS {
+            return Err(unfit("no machine of Spore's has so many layers"));
         }
         let copy = |file: &File| {
             file.try_clone().map_err(|error| ImportError::Store(StoreError::own("open", "a layer")(error)))
@@ -274,8 +281,8 @@ impl Restored {
             }
             _ => None,
         };
-        let (vcpus, identity) = (manifest.vcpus, None);
-        Ok(Self { remembered, vcpus, state, memory, lower, writable, volumes, identity })
+        let (vcpus, state, zygote, identity) = (manifest.vcpus, Some(state), None, None);
+        Ok(Self { remembered, vcpus, state, zygote, memory, lower, writable, volumes, identity })
     }
 }
 

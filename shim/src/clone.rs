@@ -1,15 +1,17 @@
-//! Clones: tasks that are created from a snapshot in the store, named by an annotation of the new container, and get an
+//! Clones: tasks that are created from a snapshot in the store, or off a zygote, named by an annotation of the new container, and get an
 //! identity of their own. A restored checkpoint is its source again; a clone is another.
 //!
 //! The snapshot is opened before anything is made, and may be removed from then on.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use crate::checkpoint::Restored;
 use crate::snapshot::manifest::Purpose;
 use crate::snapshot::{ImportError, Store, StoreError};
+use crate::zygote::{self, Address};
 
-/// Names the snapshot: its id, the beginning of that, or the name of a template.
+/// Names the snapshot: its id, the beginning of that, or the name of a template; or a zygote ([`Address`]).
 pub const ANNOTATION: &str = "io.spore.clone-from";
 /// Longest host name (hostname(7)).
 const MAX_HOSTNAME: usize = 64;
@@ -28,6 +30,16 @@ pub(crate) enum CloneError {
         "annotation {ANNOTATION}: snapshot {wanted:?} is of a container in namespace {found:?}, and this one is in {own:?}; take one here, or make a template of it, which is for all namespaces"
     )]
     Foreign { wanted: String, found: String, own: String },
+    #[error("annotation {ANNOTATION}: {wanted:?} names no zygote; `spore clone` writes what does")]
+    Malformed { wanted: String },
+    #[error(
+        "annotation {ANNOTATION}: {address}: the zygote is no more, or its container is not; clone that container again"
+    )]
+    NoZygote { address: String },
+    #[error(
+        "annotation {ANNOTATION}: {address}: no machine comes of it: {source}; clone its container again"
+    )]
+    Zygote { address: String, source: std::io::Error },
 }
 
 /// What a clone gets of its own beside what every restored guest gets.
@@ -55,13 +67,18 @@ pub(crate) fn source<'a>(
     }
 }
 
-/// The machine that a container of this namespace is going to be.
+/// The machine that a container of this namespace is going to be. Reads files, and may wait for another shim.
 pub(crate) fn open(
-    store: &Store,
+    (store, run_dir): (&Store, &Path),
     namespace: &str,
     wanted: &str,
     identity: Identity,
 ) -> Result<Restored, CloneError> {
+    if Address::is_one(wanted) {
+        let malformed = |()| CloneError::Malformed { wanted: wanted.to_owned() };
+        let address = wanted.parse().map_err(malformed)?;
+        return zygote::connect(run_dir, namespace, &address, identity);
+    }
     let opened = store.open(store.find(wanted)?)?;
     let manifest = &opened.manifest;
     if manifest.purpose != Purpose::Template && manifest.namespace != namespace {

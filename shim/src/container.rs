@@ -15,6 +15,7 @@ mod live;
 mod merge;
 mod rollback;
 mod snapshot;
+mod zygote;
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
@@ -40,6 +41,7 @@ pub(crate) use self::live::Live;
 use self::merge::Merging;
 use self::rollback::Captured;
 pub(crate) use self::rollback::{Basis, RolledBack};
+use self::zygote::Zygotes;
 use crate::checkpoint::blocking;
 use crate::clone::Identity;
 use crate::error::Error;
@@ -131,6 +133,8 @@ pub(crate) struct Container {
     merging: Merging,
     /// Which execs the snapshots have that were taken of this task.
     captured: Captured,
+    /// Off which clones of it are forked.
+    zygotes: Zygotes,
     /// Follows kills for lack of memory.
     memory: Mutex<Option<JoinHandle<()>>>,
 }
@@ -187,6 +191,7 @@ impl Container {
             execs: Mutex::default(),
             hooks: parts.hooks,
             changes: parts.changes,
+            zygotes: Zygotes::default(),
             memory: Mutex::default(),
         }
     }

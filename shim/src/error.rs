@@ -95,8 +95,10 @@ impl Error {
             Self::Clone(error) => match error {
                 CloneError::Store(error) => of_store(error),
                 CloneError::Unfit(error) => of_import(error),
-                CloneError::Both => Code::INVALID_ARGUMENT,
+                CloneError::Both | CloneError::Malformed { .. } => Code::INVALID_ARGUMENT,
                 CloneError::Foreign { .. } => Code::FAILED_PRECONDITION,
+                CloneError::NoZygote { .. } => Code::NOT_FOUND,
+                CloneError::Zygote { .. } => Code::UNAVAILABLE,
             },
             Self::Network(error) if error.is_refusal() => Code::FAILED_PRECONDITION,
             Self::Network(_) => Code::INTERNAL,

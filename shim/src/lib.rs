@@ -28,6 +28,7 @@ mod io;
 mod logging;
 mod network;
 mod options;
+mod packets;
 mod process;
 mod rootfs;
 mod rundir;
@@ -41,6 +42,7 @@ mod template;
 mod timeline;
 mod vm;
 mod volumes;
+mod zygote;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

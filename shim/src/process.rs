@@ -104,6 +104,23 @@ pub(crate) fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The process that a descriptor names (`Pid:` of its fdinfo, proc(5)).
+pub(crate) fn pid_of(pidfd: &OwnedFd) -> io::Result<u32> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|pid| pid.trim().parse().ok());
+    pid.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, "the process has ended, or is none of this namespace")
+    })
+}
+
+/// Moves a process to the cgroup (v2) of this one.
+pub(crate) fn join_cgroup(pid: u32) -> io::Result<()> {
+    let own = std::fs::read_to_string("/proc/self/cgroup")?;
+    let path = own.lines().find_map(|line| line.strip_prefix("0::"));
+    let path = path.ok_or_else(|| io::Error::other("this process is in no cgroup of version 2"))?;
+    std::fs::write(format!("/sys/fs/cgroup{path}/cgroup.procs"), pid.to_string())
+}
+
 /// Sets how soon the kernel kills a process when memory runs out: -1000 (never) to 1000 (first).
 pub(crate) fn set_oom_score_adj(pid: u32, score: i32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())

@@ -111,7 +111,8 @@ impl RunDir {
         make()
     }
 
-    fn open(path: &Path) -> io::Result<Self> {
+    /// The directory of a sandbox that there is.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.into(), dir: File::open(path)? })
     }
 
@@ -126,6 +127,11 @@ impl RunDir {
     /// Makes a file, or empties it.
     pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
         File::options().write(true).create(true).truncate(true).mode(0o600).open(self.file(name))
+    }
+
+    /// Makes a file, or opens it to write at its end.
+    pub(crate) fn append_file(&self, name: &str) -> io::Result<File> {
+        File::options().append(true).create(true).mode(0o600).open(self.file(name))
     }
 
     /// A short name of `name` for `bind` and `connect`, valid in this process.

@@ -208,7 +208,7 @@ impl Sandbox {
         }
         let mut machine = config.machine(&bundle.annotations, &bundle.limits)?;
         let run_dir = RunDir::path_of(&config.run_dir, namespace, &self.context.id);
-        let restored = self.checkpointed(request, &mut bundle, &run_dir).await?;
+        let mut restored = self.checkpointed(request, &mut bundle, &run_dir).await?;
         if let Some(restored) = &restored {
             (machine.vcpus, machine.memory_mib) = (restored.vcpus, restored.remembered.memory_mib);
         }
@@ -222,7 +222,11 @@ impl Sandbox {
         let dir = Arc::new(RunDir::create(&config.run_dir, namespace, &self.context.id).map_err(dir_error)?);
         making.dir = Some(Arc::clone(&dir));
         let (asks, questions) = mpsc::channel(MOST_QUESTIONS);
-        let vm = Arc::new(Vm::spawn(config, &machine, Arc::clone(&dir), asks, log.clone())?);
+        let vm = match restored.as_mut().and_then(|restored| restored.zygote.take()) {
+            Some(source) => self.forked(source, &machine, Arc::clone(&dir), asks).await?,
+            None => Vm::spawn(config, &machine, Arc::clone(&dir), asks, log.clone())?,
+        };
+        let vm = Arc::new(vm);
         making.vm = Some(Arc::clone(&vm));
         vm.set_oom_score_adj(&bundle.guest_spec);
         self.mark("vmm_spawned_ns");
@@ -332,7 +336,9 @@ impl Sandbox {
                 let (namespace, identity) =
                     (self.context.namespace.clone(), Identity::new(&bundle.hostname, &request.id));
                 bundle.hostname.clone_from(&identity.hostname);
-                checkpoint::blocking(move || clone::open(&store, &namespace, &source, identity)).await?
+                let sandboxes = self.context.config.run_dir.clone();
+                let open = move || clone::open((&store, &sandboxes), &namespace, &source, identity);
+                checkpoint::blocking(open).await?
             }
         };
         let saved = restored.volumes.as_ref().map_or(&[][..], |saved| &saved.exports);
@@ -350,6 +356,10 @@ impl Sandbox {
         let Context { config, namespace, containerd, .. } = &self.context;
         let (id, mounts, state_dir) = (&request.id, &request.rootfs, &config.state_dir);
         rootfs::Request { id, namespace, containerd, mounts, root, state_dir, run_dir, writable_size_mib }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.context.id
     }
 
     pub(crate) fn store(&self) -> Store {

@@ -10,8 +10,8 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::api::v1::snapshots::create_request::Wait;
 use crate::api::v1::snapshots::{
-    CreateRequest, CreateResponse, HibernateRequest, HibernateResponse, ResumeRequest, ResumeResponse,
-    RollbackRequest, RollbackResponse,
+    CreateRequest, CreateResponse, EndZygoteRequest, EndZygoteResponse, HibernateRequest, HibernateResponse,
+    ResumeRequest, ResumeResponse, RollbackRequest, RollbackResponse, ZygoteRequest, ZygoteResponse,
 };
 use crate::api::v1::snapshots_ttrpc::{self, create_snapshots};
 use crate::error::Error;
@@ -58,6 +58,27 @@ impl snapshots_ttrpc::Snapshots for Snapshots {
             underway.written().await?;
         }
         Ok(answer)
+    }
+
+    async fn zygote(&self, _: &TtrpcContext, request: ZygoteRequest) -> ttrpc::Result<ZygoteResponse> {
+        let container = self.sandbox.container(&request.id)?;
+        let sandbox = Arc::clone(&self.sandbox);
+        let waiting = to_the_end("zygote", async move { container.zygote(sandbox.id()).await }).await?;
+        Ok(ZygoteResponse {
+            zygote: waiting.address,
+            stood_ns: ns(waiting.stood),
+            pause_ns: waiting.times.pause_ns,
+            ..Default::default()
+        })
+    }
+
+    async fn end_zygote(
+        &self,
+        _: &TtrpcContext,
+        request: EndZygoteRequest,
+    ) -> ttrpc::Result<EndZygoteResponse> {
+        self.sandbox.container(&request.id)?.end_zygote(&request.zygote)?;
+        Ok(EndZygoteResponse::new())
     }
 
     async fn rollback(&self, _: &TtrpcContext, request: RollbackRequest) -> ttrpc::Result<RollbackResponse> {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::events::task::{TaskCheckpointed, TaskPaused};
 use slog::{Logger, info, warn};
 
-use super::{Container, Phase};
+use super::{Container, Live, Phase};
 use crate::checkpoint::{Remembered, Target, admit, blocking, export, memory_file};
 use crate::error::Error;
 use crate::rootfs::{Image, Layers, StagedLayer};
@@ -34,12 +34,17 @@ pub(super) struct Prepared {
     state: File,
     memory: File,
     layer: SnapshotId,
-    /// Read-only disks by serial.
-    lower: Vec<(String, Image)>,
-    /// The writable disk as it is going to be captured, from the bottom up.
-    captured: Vec<File>,
+    disks: StagedDisks,
+}
+
+/// Disks that are about to be captured.
+pub(super) struct StagedDisks {
+    /// Read-only ones by serial.
+    pub(super) lower: Vec<(String, Image)>,
+    /// The writable one as it is going to be captured, from the bottom up.
+    pub(super) captured: Vec<File>,
     /// What it goes on in.
-    staged: StagedLayer,
+    pub(super) staged: StagedLayer,
 }
 
 /// A snapshot whose VM goes on, and which is being written.
@@ -137,11 +142,7 @@ impl Container {
         let prepared = self.prepare(store, &mut disks).await?;
         let turn = self.turn.lock().await;
         let (phase, begun) = (self.phase(), Instant::now());
-        let frozen = match self.check(phase) {
-            Ok(()) if phase == Phase::Running => self.stand().await,
-            other => other,
-        };
-        if let Err(error) = frozen {
+        if let Err(error) = self.stand(phase).await {
             self.give_back(&mut disks.layers, prepared).await;
             return Err(error);
         }
@@ -159,7 +160,7 @@ impl Container {
         Ok((turn, taken))
     }
 
-    fn check(&self, phase: Phase) -> Result<(), Error> {
+    pub(super) fn check(&self, phase: Phase) -> Result<(), Error> {
         if self.leaving.load(Ordering::Acquire) {
             return Err(Error::State(
                 "cannot take a snapshot of a container that ends with its checkpoint".into(),
@@ -171,7 +172,12 @@ impl Container {
         self.live().awake("snapshot")
     }
 
-    async fn stand(&self) -> Result<(), Error> {
+    /// Has it stand still, if it can be captured in this phase and is not paused.
+    pub(super) async fn stand(&self, phase: Phase) -> Result<(), Error> {
+        self.check(phase)?;
+        if phase != Phase::Running {
+            return Ok(());
+        }
         let live = self.live();
         let paused = live.ask("freezing the container", live.guest.pause(&self.guest_id)).await;
         if matches!(paused, Err(Error::Guest(_))) {
@@ -196,9 +202,6 @@ impl Container {
     /// All that has to do with files.
     pub(super) async fn prepare(&self, store: &Store, disks: &mut HeldDisks) -> Result<Prepared, Error> {
         let live = self.live();
-        let lower = disks.lower.iter().map(|(serial, image)| Ok((serial.clone(), image.try_clone()?)));
-        let lower =
-            lower.collect::<std::io::Result<_>>().map_err(StoreError::own("open", "an image again"))?;
         let (store, machine) = (store.clone(), live.vm.machine().clone());
         let begun = blocking(move || {
             admit(&store, &machine)?;
@@ -210,6 +213,15 @@ impl Container {
         });
         let (draft, memory, layer, state) = begun.await?;
         let layer = layer.ok_or_else(|| Error::Invalid("a snapshot without a memory layer".into()))?;
+        let disks = self.stage(disks).await?;
+        Ok(Prepared { draft, state, memory, layer, disks })
+    }
+
+    /// Makes the layer that the writable disk goes on in.
+    pub(super) async fn stage(&self, disks: &mut HeldDisks) -> Result<StagedDisks, Error> {
+        let lower = disks.lower.iter().map(|(serial, image)| Ok((serial.clone(), image.try_clone()?)));
+        let lower =
+            lower.collect::<std::io::Result<_>>().map_err(StoreError::own("open", "an image again"))?;
         let (mut own, log) = (disks.layers.clone(), self.log.clone());
         let (captured, staged, own) = blocking(move || {
             let captured = own.files()?;
@@ -224,16 +236,16 @@ impl Container {
         })
         .await?;
         disks.layers = own;
-        Ok(Prepared { draft, state, memory, layer, lower, captured, staged })
+        Ok(StagedDisks { lower, captured, staged })
     }
 
     /// Nothing has come of it.
     pub(super) async fn give_back(&self, layers: &mut Layers, prepared: Prepared) {
-        self.take_back(layers, prepared.staged).await;
+        self.take_back(layers, prepared.disks.staged).await;
     }
 
     /// The VMM has not switched to it.
-    async fn take_back(&self, layers: &mut Layers, staged: StagedLayer) {
+    pub(super) async fn take_back(&self, layers: &mut Layers, staged: StagedLayer) {
         let (mut own, log) = (layers.clone(), self.log.clone());
         let work = move || {
             give_up(&mut own, staged, &log);
@@ -252,7 +264,8 @@ impl Container {
         then: Then,
     ) -> Result<Taken, Error> {
         let live = self.live();
-        let Prepared { draft, state, memory, layer, lower, captured, staged } = prepared;
+        let Prepared { draft, state, memory, layer, disks: StagedDisks { lower, captured, staged } } =
+            prepared;
         let name = layer.to_string();
         let to = Destination {
             state: &state,
@@ -266,18 +279,26 @@ impl Container {
                 let writable = disks.writable.clone();
                 Ok(Taken { draft, state, layer, saved, lower, writable, captured, held, stood })
             }
-            // The disk may have been switched before that; the new layer is right either way.
-            Err(error @ VmError::Ended { .. }) => Err(error.into()),
-            // It may still be switched, who knows when.
-            Err(error @ VmError::Stuck { .. }) => {
-                live.vm.kill().await;
-                Err(error.into())
-            }
-            Err(error) => {
-                self.take_back(&mut disks.layers, staged).await;
-                Err(error.into())
-            }
+            Err(error) => Err(self.not_captured(&live, &mut disks.layers, staged, error).await),
         }
+    }
+
+    /// What is to be done about the staged layer when the VMM has not said that it uses it.
+    pub(super) async fn not_captured(
+        &self,
+        live: &Live,
+        layers: &mut Layers,
+        staged: StagedLayer,
+        error: VmError,
+    ) -> Error {
+        match &error {
+            // The disk may have been switched before that; the new layer is right either way.
+            VmError::Ended { .. } => {}
+            // It may still be switched, who knows when.
+            VmError::Stuck { .. } => live.vm.kill().await,
+            _ => self.take_back(layers, staged).await,
+        }
+        error.into()
     }
 
     /// Waits until all of it is written, and puts it into the store. Its caller may have `turn`.
@@ -324,20 +345,22 @@ impl Container {
 
     /// All of the manifest that is known before the snapshot's files are.
     fn about(&self, purpose: Purpose) -> Manifest {
-        let live = self.live();
-        let machine = live.vm.machine();
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let remembered = Remembered {
-            guest_id: self.guest_id.clone(),
-            terminal: self.terminal,
-            memory_mib: machine.memory_mib,
-        };
+        let (remembered, vcpus) = self.remembered();
         Manifest {
             created: since.as_secs(),
             labels: remembered.labels(),
-            vcpus: machine.vcpus,
+            vcpus,
             ..Manifest::about(purpose, self.events.namespace(), &self.id)
         }
+    }
+
+    /// What has to be known of it and of its machine, with the number of processors.
+    pub(super) fn remembered(&self) -> (Remembered, u8) {
+        let live = self.live();
+        let machine = live.vm.machine();
+        let (guest_id, terminal, memory_mib) = (self.guest_id.clone(), self.terminal, machine.memory_mib);
+        (Remembered { guest_id, terminal, memory_mib }, machine.vcpus)
     }
 }
 

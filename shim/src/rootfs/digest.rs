@@ -80,7 +80,7 @@ impl Image {
         Self { file, known: Known::Kept(note.into()) }
     }
 
-    pub(super) fn other(file: File) -> Self {
+    pub(crate) fn other(file: File) -> Self {
         Self { file, known: Known::Nothing }
     }
 
@@ -99,15 +99,25 @@ impl Image {
         Ok(Self { file: self.file.try_clone()?, known: self.known.clone() })
     }
 
+    /// The digest, where it is known without reading the image.
+    pub(crate) fn known(&self) -> Option<String> {
+        let of = Identity::of(&self.file.metadata().ok()?);
+        self.note().filter(|note| note.of == of).map(|note| note.sha256)
+    }
+
+    fn note(&self) -> Option<Note> {
+        match &self.known {
+            Known::Kept(path) => read(path),
+            Known::Told(note) => note.clone(),
+            Known::Nothing => None,
+        }
+    }
+
     /// The digest, which `compute` finds when it is not known yet.
     pub(crate) fn digest(&self, compute: impl FnOnce(&File) -> io::Result<String>) -> io::Result<String> {
         let before = self.file.metadata()?;
         let of = Identity::of(&before);
-        let note = match &self.known {
-            Known::Kept(path) => read(path),
-            Known::Told(note) => note.clone(),
-            Known::Nothing => None,
-        };
+        let note = self.note();
         if let Some(note) = note.filter(|note| note.of == of) {
             return Ok(note.sha256);
         }

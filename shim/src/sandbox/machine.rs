@@ -1,21 +1,25 @@
 //! A container's machine, up to the moment when its guest answers and has its disks: a guest that has booted, or began
 //! in a template, and gets new ones; or all of it as a checkpoint has it.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use slog::warn;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::{Sandbox, lock};
 use crate::bundle::Bundle;
-use crate::checkpoint::Restored;
+use crate::checkpoint::{self, Restored};
+use crate::config::Machine;
 use crate::container::{HeldDisks, with_vm};
 use crate::error::Error;
 use crate::guest::{Guest, GuestRootfs, GuestStdio};
 use crate::rootfs::{self, Changes, Paths, PutBack, Source, WritableDisk};
+use crate::rundir::RunDir;
 use crate::template::{self, Found};
-use crate::vm::{HostFiles, Image, ImageDisk, Vm};
+use crate::vm::{self, HostFiles, Image, ImageDisk, Vm, VmError};
+use crate::zygote;
 
 /// See the module.
 pub(super) struct Ready {
@@ -86,6 +90,21 @@ impl Sandbox {
         Ok(Ready { guest, disks, paths, changes, put_back: None })
     }
 
+    /// A VMM off a zygote.
+    pub(super) async fn forked(
+        &self,
+        source: zygote::Source,
+        machine: &Machine,
+        dir: Arc<RunDir>,
+        questions: mpsc::Sender<OwnedFd>,
+    ) -> Result<Vm, Error> {
+        let (ours, theirs, vmm_log) = vm::outfit(&dir)?;
+        let refused = |source| VmError::Host { operation: "fork it off the zygote", source };
+        let fork = move || source.fork(&theirs, &vmm_log).map_err(refused);
+        let pidfd = checkpoint::blocking(fork).await?;
+        Ok(Vm::forked((pidfd, ours), machine, dir, questions, self.context.log.clone())?)
+    }
+
     /// The checkpoint's machine. Its container stands still: it was saved like that.
     pub(super) async fn bring_back(
         &self,
@@ -106,7 +125,7 @@ impl Sandbox {
         let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
         let volumes = self.serve_volumes((vm, bundle), volumes).await?;
         let image = Image {
-            state: &state,
+            state: state.as_ref(),
             layers: memory.iter().map(|(id, file)| (id.clone(), file)).collect(),
             disks: fixed.chain([disk]).collect(),
         };

@@ -103,7 +103,7 @@ impl Vm {
         let common = (files.kvm.as_raw_fd(), console.as_raw_fd(), listener.as_raw_fd());
         if let Some(template) = template {
             let layers = vec![(template.layer.clone(), &template.memory)];
-            let image = Image { state: &template.state, layers, disks: Vec::new() };
+            let image = Image { state: Some(&template.state), layers, disks: Vec::new() };
             let begun = async {
                 self.restore(common, &image).await?;
                 self.resume().await

@@ -2,21 +2,18 @@
 //! events in. One reader task; calls may overlap.
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::cmsg_space;
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use spore_vmm::api::{Call, Event, Failure, MAX_FDS, MAX_MESSAGE, Message, Reply, Request};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
+
+use crate::packets;
 
 /// Why a call got no reply.
 #[derive(Debug)]
@@ -31,7 +28,9 @@ pub(super) enum CallError {
 /// an error, nor does anything when the VMM has closed the socket.
 pub(super) type Heard = io::Result<(Event, Vec<OwnedFd>)>;
 
-type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Reply, Failure>>>>>;
+/// An answer, and the descriptors that came with it.
+type Answer = Result<(Reply, Vec<OwnedFd>), Failure>;
+type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Answer>>>>;
 
 /// The calling side. The socket closes, and with it the VMM ends, when this is dropped.
 pub(super) struct Control {
@@ -60,6 +59,15 @@ impl Control {
 
     /// One call, with the descriptors that it names by position.
     pub(super) async fn call(&self, call: Call, fds: &[RawFd]) -> Result<Reply, CallError> {
+        self.exchange(call, fds).await.map(|(reply, _)| reply)
+    }
+
+    /// As [`Self::call`], with the descriptors of the answer.
+    pub(super) async fn exchange(
+        &self,
+        call: Call,
+        fds: &[RawFd],
+    ) -> Result<(Reply, Vec<OwnedFd>), CallError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let packet =
             serde_json::to_vec(&Request { id, call }).map_err(|error| CallError::Io(error.into()))?;
@@ -73,13 +81,7 @@ impl Control {
         lock(&self.waiting).insert(id, sender);
         let sent = self
             .socket
-            .async_io(Interest::WRITABLE, |socket| {
-                let rights = [ControlMessage::ScmRights(fds)];
-                let rights = if fds.is_empty() { &rights[..0] } else { &rights[..] };
-                let flags = MsgFlags::MSG_NOSIGNAL;
-                sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&packet)], rights, flags, None)
-                    .map_err(io::Error::from)
-            })
+            .async_io(Interest::WRITABLE, |socket| packets::send(socket.as_raw_fd(), &packet, fds))
             .await;
         if let Err(error) = sent {
             lock(&self.waiting).remove(&id);
@@ -122,8 +124,9 @@ async fn hear(
 ) -> io::Result<()> {
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
-        let received =
-            socket.async_io(Interest::READABLE, |socket| receive(socket.as_raw_fd(), &mut buffer)).await;
+        let receive =
+            |socket: &OwnedFd| packets::receive(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        let received = socket.async_io(Interest::READABLE, receive).await;
         let (length, fds) = match received {
             // A VMM that closed the socket with a request of ours unread: the kernel says that
             // once, and before what the VMM had sent.
@@ -136,7 +139,7 @@ async fn hear(
         match parse(&buffer[..length])? {
             Message::Response { id, result } => {
                 if let Some(sender) = lock(waiting).remove(&id) {
-                    let _ = sender.send(result);
+                    let _ = sender.send(result.map(|reply| (reply, fds)));
                 }
             }
             Message::Event(event) => drop(events.send(Ok((event, fds)))),
@@ -153,23 +156,6 @@ fn parse(packet: &[u8]) -> io::Result<Message> {
     })
 }
 
-fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = cmsg_space!([RawFd; MAX_FDS]);
-    let mut slices = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-    let message = recvmsg::<()>(socket, &mut slices, Some(&mut space), flags)?;
-    let mut fds = Vec::new();
-    for control in message.cmsgs().map_err(io::Error::from)? {
-        if let ControlMessageOwned::ScmRights(rights) = control {
-            fds.extend(crate::process::adopt(rights));
-        }
-    }
-    if message.flags.contains(MsgFlags::MSG_TRUNC) {
-        return Err(Errno::EMSGSIZE.into());
-    }
-    Ok((message.bytes, fds))
-}
-
 #[cfg(test)]
 mod tests {
     use spore_vmm::api::{EndReason, FailureCode};
@@ -178,16 +164,15 @@ mod tests {
 
     fn send(socket: &OwnedFd, message: &Message, fds: &[RawFd]) {
         let packet = serde_json::to_vec(message).unwrap();
-        let rights = [ControlMessage::ScmRights(fds)];
-        let rights = if fds.is_empty() { &rights[..0] } else { &rights[..] };
-        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&packet)], rights, MsgFlags::empty(), None).unwrap();
+        packets::send(socket.as_raw_fd(), &packet, fds).unwrap();
     }
 
     fn next_request(socket: &OwnedFd) -> (Request, usize) {
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut poll = [nix::poll::PollFd::new(socket.as_fd(), nix::poll::PollFlags::POLLIN)];
         assert_eq!(nix::poll::poll(&mut poll, 10_000u16).unwrap(), 1);
-        let (length, fds) = receive(socket.as_raw_fd(), &mut buffer).unwrap();
+        let (length, fds) =
+            packets::receive(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).unwrap();
         (serde_json::from_slice(&buffer[..length]).unwrap(), fds.len())
     }
 
@@ -229,7 +214,7 @@ mod tests {
         let vmm = std::thread::spawn(move || {
             next_request(&theirs);
             let packet = b"{\"event\":\"sing\"}";
-            sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(packet)], &[], MsgFlags::empty(), None).unwrap();
+            packets::send(theirs.as_raw_fd(), packet, &[]).unwrap();
             theirs
         });
         assert!(matches!(control.call(Call::Boot, &[]).await, Err(CallError::Closed)));
@@ -243,8 +228,7 @@ mod tests {
     #[tokio::test]
     async fn the_last_words_are_heard_though_a_request_was_left_unread() {
         let (ours, theirs) = pair().unwrap();
-        let request = [IoSlice::new(b"never read")];
-        sendmsg::<()>(ours.as_raw_fd(), &request, &[], MsgFlags::empty(), None).unwrap();
+        packets::send(ours.as_raw_fd(), b"never read", &[]).unwrap();
         send(&theirs, &Message::Event(Event::Ended(EndReason::Reset)), &[]);
         drop(theirs);
         let (sender, mut events) = mpsc::unbounded_channel();

@@ -35,6 +35,22 @@ pub(crate) struct End {
     pub(crate) cause: String,
 }
 
+/// A VMM's process.
+pub(super) enum Process {
+    Child(Child),
+    /// Off a zygote, which reaps it and alone learns its status: its id.
+    Forked(u32),
+}
+
+impl Process {
+    fn id(&self) -> u32 {
+        match self {
+            Self::Child(child) => child.id(),
+            Self::Forked(pid) => *pid,
+        }
+    }
+}
+
 /// What the VMM said of its end, and what it said that made no sense.
 #[derive(Debug, Default)]
 pub(super) struct Told {
@@ -50,7 +66,7 @@ fn lock(told: &Mutex<Told>) -> std::sync::MutexGuard<'_, Told> {
 
 /// Follows a VMM to its end: whether its guest is ready, and how it ended.
 pub(super) fn watch_over(
-    child: Child,
+    process: Process,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     (events, questions, settling): (mpsc::UnboundedReceiver<Heard>, mpsc::Sender<OwnedFd>, Settling),
     log: Logger,
@@ -59,7 +75,7 @@ pub(super) fn watch_over(
     let (end_sender, end) = watch::channel(None);
     let told = Shared::default();
     let heard = tokio::spawn(follow(events, ready_sender, questions, settling, Arc::clone(&told)));
-    tokio::spawn(monitor(child, pidfd, heard, told, end_sender, log));
+    tokio::spawn(monitor(process, pidfd, heard, told, end_sender, log));
     (ready, end)
 }
 
@@ -108,9 +124,9 @@ fn stream(fd: OwnedFd) -> io::Result<UnixStream> {
     UnixStream::from_std(stream)
 }
 
-/// Waits for the end of the process, reaps it, and tells why.
+/// Waits for the end of the process, reaps it if it is a child, and tells why.
 async fn monitor(
-    mut child: Child,
+    mut process: Process,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     mut heard: JoinHandle<()>,
     told: Shared,
@@ -125,9 +141,12 @@ async fn monitor(
         }
         _ = &mut heard => end_mute(&pidfd, &told, &log).await,
     }
-    let status = child.wait();
-    let cause = describe(&lock(&told), status.ok());
-    info!(log, "the VMM has ended"; "vmm" => child.id(), "cause" => &cause);
+    let status = match &mut process {
+        Process::Child(child) => child.wait().ok(),
+        Process::Forked(_) => None,
+    };
+    let cause = describe(&lock(&told), status);
+    info!(log, "the VMM has ended"; "vmm" => process.id(), "cause" => &cause);
     let _ = end.send(Some(End { cause }));
 }
 

@@ -7,6 +7,7 @@ mod build;
 mod control;
 mod end;
 mod snapshot;
+mod zygote;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use slog::{Logger, warn};
 use spore_vmm::api::{Call, DiskConfig, FailureCode, FdIndex, Metrics, NetworkConfig, RateLimit, Reply};
-pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, SnapshotTimes};
+pub(crate) use spore_vmm::api::{MAX_DISK_LAYERS, MAX_FDS, MAX_MESSAGE, SnapshotTimes};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -28,9 +29,10 @@ use tokio::sync::{mpsc, watch};
 
 use self::control::{CallError, Control};
 pub(crate) use self::end::End;
-use self::end::{UNEXPLAINED, tail};
+use self::end::{Process, UNEXPLAINED, tail};
 use self::snapshot::Settling;
 pub(crate) use self::snapshot::{Destination, Image, ImageDisk, Saved, Then};
+pub(crate) use self::zygote::{Zygote, outfit};
 use crate::config::{Config, Machine, NetworkLimits, Rate};
 use crate::process::{self, ProcessId};
 use crate::rundir::RunDir;
@@ -179,21 +181,38 @@ impl Vm {
             .spawn()
             .map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         drop((inherited, theirs));
-        let adopted = process::pidfd_open(child.id())
-            .and_then(|pidfd| Ok((process::watch(pidfd, Interest::READABLE)?, ProcessId::of(child.id())?)));
+        let adopted =
+            process::pidfd_open(child.id()).and_then(|pidfd| Ok((pidfd, ProcessId::of(child.id())?)));
         let (pidfd, id) = match adopted {
-            Ok((pidfd, id)) => (Arc::new(pidfd), id),
+            Ok(adopted) => adopted,
             Err(source) => {
                 let _ = child.kill();
                 let _ = child.wait();
                 return Err(VmError::Spawn { path: config.vmm.clone(), source });
             }
         };
+        let process = (Process::Child(child), pidfd, id);
+        Self::of(process, ours, machine, dir, questions, generation, log)
+    }
+
+    /// What a VMM's process is to its sandbox, which it obeys by this control socket.
+    fn of(
+        (process, pidfd, id): (Process, OwnedFd, ProcessId),
+        control: OwnedFd,
+        machine: Machine,
+        dir: Arc<RunDir>,
+        questions: mpsc::Sender<OwnedFd>,
+        generation: u32,
+        log: Logger,
+    ) -> Result<Self, VmError> {
+        let host = |operation| move |source| VmError::Host { operation, source };
+        let pidfd = process::watch(pidfd, Interest::READABLE).map_err(host("watch its process"))?;
+        let pidfd = Arc::new(pidfd);
         let (event_sender, events) = mpsc::unbounded_channel();
         let settling = Settling::default();
-        let control = Control::new(ours, event_sender).map_err(host("watch the control socket"))?;
+        let control = Control::new(control, event_sender).map_err(host("watch the control socket"))?;
         let (ready, end) = end::watch_over(
-            child,
+            process,
             Arc::clone(&pidfd),
             (events, questions.clone(), settling.clone()),
             log.clone(),
@@ -223,6 +242,10 @@ impl Vm {
 
     pub(crate) fn dir(&self) -> &RunDir {
         &self.dir
+    }
+
+    pub(crate) fn shared_dir(&self) -> Arc<RunDir> {
+        Arc::clone(&self.dir)
     }
 
     /// As a file of this machine is called in the directory.
@@ -316,7 +339,7 @@ impl Vm {
     async fn call(&self, operation: &'static str, call: Call, fds: &[RawFd]) -> Result<Reply, VmError> {
         let answer = tokio::time::timeout(CALL_DEADLINE, self.control.call(call, fds)).await;
         match answer {
-            Err(_) => Err(VmError::Stuck { operation, seconds: CALL_DEADLINE.as_secs() }),
+            Err(_) => Err(stuck(operation)),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(CallError::Io(source))) => Err(VmError::Host { operation, source }),
             Ok(Err(CallError::Refused(failure))) => match failure.code {
@@ -468,6 +491,10 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.signal_kill();
     }
+}
+
+fn stuck(operation: &'static str) -> VmError {
+    VmError::Stuck { operation, seconds: CALL_DEADLINE.as_secs() }
 }
 
 fn unexpected(operation: &'static str, reply: &Reply) -> VmError {

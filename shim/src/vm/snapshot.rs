@@ -38,8 +38,9 @@ pub(crate) struct Destination<'a> {
 
 /// A saved VM.
 pub(crate) struct Image<'a> {
-    pub(crate) state: &'a File,
-    /// Memory layers by id.
+    /// Of a VM that was forked off a zygote nothing: it has its state and memory already.
+    pub(crate) state: Option<&'a File>,
+    /// Memory layers by id; without a state those that the zygote's VM was restored from.
     pub(crate) layers: Vec<(String, &'a File)>,
     pub(crate) disks: Vec<ImageDisk<'a>>,
 }
@@ -104,6 +105,18 @@ pub(crate) struct Saved {
     pub(crate) volumes: Option<SavedVolumes>,
 }
 
+/// What became of a VM that was copied at rest.
+pub(super) trait Copied {
+    /// How long that held it up, and what its guest knows of the host's files.
+    fn parts(&mut self) -> (&mut SnapshotTimes, &mut Option<SavedVolumes>);
+}
+
+impl Copied for Saved {
+    fn parts(&mut self) -> (&mut SnapshotTimes, &mut Option<SavedVolumes>) {
+        (&mut self.times, &mut self.volumes)
+    }
+}
+
 /// Asks a server for its tables.
 async fn tables(server: Arc<FileServer>) -> Result<SavedVolumes, VmError> {
     let operation = "save the file server's tables";
@@ -143,12 +156,19 @@ impl Saved {
 
 /// Descriptors of one call, and their places.
 #[derive(Default)]
-struct Attached(Vec<RawFd>);
+pub(super) struct Attached(pub(super) Vec<RawFd>);
 
 impl Attached {
-    fn add(&mut self, file: &impl AsRawFd) -> FdIndex {
+    pub(super) fn add(&mut self, file: &impl AsRawFd) -> FdIndex {
         self.0.push(file.as_raw_fd());
         FdIndex(u32::try_from(self.0.len() - 1).unwrap_or(u32::MAX))
+    }
+
+    /// The files that disks go on in, by serial.
+    pub(super) fn next_layers(&mut self, disks: &[(&str, &File)]) -> Vec<NextLayer> {
+        let next =
+            |(serial, file): &(&str, &File)| NextLayer { serial: (*serial).into(), file: self.add(*file) };
+        disks.iter().map(next).collect()
     }
 }
 
@@ -160,8 +180,8 @@ impl Vm {
         image: &Image<'_>,
     ) -> Result<(), VmError> {
         let mut fds = Attached(vec![kvm, console, listener]);
-        let state = fds.add(image.state);
-        let layers = image.layers.iter();
+        let state = image.state.map(|state| fds.add(state));
+        let layers = image.layers.iter().filter(|_| state.is_some());
         let layers = layers.map(|(id, file)| LayerConfig { id: id.clone(), file: fds.add(*file) }).collect();
         let mut disks = Vec::new();
         for disk in &image.disks {
@@ -173,7 +193,7 @@ impl Vm {
             protocol: PROTOCOL_VERSION,
             huge_pages: self.machine.huge_pages,
             kvm: FdIndex(0),
-            state: Some(state),
+            state,
             layers,
             console: Some(build::console()),
             vsock: Some(build::vsock()),
@@ -235,9 +255,18 @@ impl Vm {
     /// Saves the VM, with its disks, as it is now. Returns when it goes on, or, if it shall `stand`, stands still. When it refuses, it
     /// goes on with the files that the disks had; when it has ended or does not answer, nobody knows.
     pub(crate) async fn save(&self, to: &Destination<'_>, then: Then) -> Result<Saved, VmError> {
+        self.at_rest(then, self.snapshot(to)).await
+    }
+
+    /// Has the VM copied with the tables of its file server.
+    pub(super) async fn at_rest<T: Copied>(
+        &self,
+        then: Then,
+        copy: impl Future<Output = Result<T, VmError>>,
+    ) -> Result<T, VmError> {
         let (server, stand) = (self.file_server(), then == Then::Stand);
         if server.is_none() && !stand {
-            return self.snapshot(to).await;
+            return copy.await;
         }
         // The container's being frozen is not enough: the guest's kernel goes on closing and forgetting files. Of a
         // paused VM no request is at the server, so its tables are of the memory's instant.
@@ -250,11 +279,12 @@ impl Vm {
                 None => None,
             };
             let tables_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-            let saved = self.snapshot(to).await?;
+            let mut copied = copy.await?;
             if volumes.is_some() {
                 info!(self.log, "the file server's tables are saved"; "paused_us" => tables_us);
             }
-            Ok(Saved { volumes, ..saved })
+            *copied.parts().1 = volumes;
+            Ok(copied)
         }
         .await;
         if !(stand && taken.is_ok())
@@ -264,9 +294,9 @@ impl Vm {
             self.kill().await;
             return Err(error);
         }
-        if let Ok(saved) = &mut taken {
+        if let Ok(copied) = &mut taken {
             // The VMM knows only of its own part of it.
-            saved.times.pause_ns = u64::try_from(paused.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            copied.parts().0.pause_ns = u64::try_from(paused.elapsed().as_nanos()).unwrap_or(u64::MAX);
         }
         taken
     }
@@ -285,11 +315,7 @@ impl Vm {
             procfs: fds.add(&procfs),
             layer_id: to.layer.into(),
             deadline_ms: u64::try_from(WRITE_DEADLINE.as_millis()).unwrap_or(u64::MAX),
-            disks: to
-                .disks
-                .iter()
-                .map(|(serial, file)| NextLayer { serial: (*serial).into(), file: fds.add(*file) })
-                .collect(),
+            disks: fds.next_layers(to.disks),
         };
         let settled = (!to.disks.is_empty()).then(|| self.settling.expect(to.layer));
         let answer = self.call("save", Call::Snapshot(configuration), &fds.0).await;

@@ -2,7 +2,7 @@
 //! socket closes) and with the VMM (its request sockets close).
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, setsockopt, socketpair,
-    sockopt,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, socketpair, sockopt};
 
 use super::protocol::{Answer, Call, MAX_PACKET};
 use super::{SavedVolumes, Volume, VolumeError};
 use crate::checkpoint::memory_file;
+use crate::packets;
 use crate::process::ProcessId;
 use crate::snapshot::manifest::Export;
 
@@ -138,19 +136,14 @@ impl FileServer {
     }
 
     fn exchange(&self, call: &Call, fds: &[RawFd]) -> io::Result<Answer> {
-        let packet = serde_json::to_vec(call)?;
-        let rights = [ControlMessage::ScmRights(fds)];
-        let socket = self.control.as_raw_fd();
-        sendmsg::<()>(socket, &[IoSlice::new(&packet)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        let (packet, socket) = (serde_json::to_vec(call)?, self.control.as_raw_fd());
+        packets::send(socket, &packet, fds)?;
         let mut answer = vec![0; MAX_PACKET];
-        let received = loop {
-            let mut slices = [IoSliceMut::new(&mut answer)];
-            match recvmsg::<()>(socket, &mut slices, None, MsgFlags::empty()) {
-                Err(nix::Error::EINTR) => {}
-                Err(nix::Error::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-                received => break received?.bytes,
-            }
-        };
+        let (received, _) =
+            packets::receive(socket, &mut answer, MsgFlags::empty()).map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+                _ => error,
+            })?;
         if received == 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has ended; its log says why"));
         }

@@ -57,6 +57,10 @@ pub(crate) const GATE_FIFO: &str = "gate";
 pub(crate) const UNWRITTEN: &str = "fake.unwritten";
 /// In TMPDIR: no machine is restored while this is there.
 pub(crate) const UNRESTORABLE: &str = "unrestorable";
+/// In TMPDIR: a zygote forks nothing while this is there.
+pub(crate) const UNFORKABLE: &str = "unforkable";
+/// In the environment of a forked VMM: where it finds the agent's state.
+const INHERITED: &str = "FAKE_INHERITED";
 /// In TMPDIR: the agent of a restored machine answers Setup when somebody opens this fifo.
 pub(crate) const SETUP_FIFO: &str = "setup-gate";
 /// The agent refuses an address.
@@ -171,9 +175,20 @@ pub(crate) fn fake_vmm() {
                 send(0, &Message::Response { id: request.id, result: Err(failure) }, &[]);
                 continue;
             }
+            Call::Zygote(config) => {
+                let control = fds.remove(config.control.0 as usize);
+                let saved = agent.saved();
+                std::thread::spawn(move || zygote(&control, &saved));
+                let layer_id = config.layer_id;
+                send(0, &Message::Event(Event::DisksSettled { layer_id, result: Ok(()) }), &[]);
+                let times = SnapshotTimes { pause_ns: PAUSE_NS, ..Default::default() };
+                Reply::Snapshotted { times, disks: Vec::new() }
+            }
             Call::Restore(config) => {
-                let state = config.state.expect("the shim gives files");
-                agent = Agent::restored(fds[state.0 as usize].try_clone().unwrap().into());
+                agent = Agent::restored(match config.state {
+                    Some(state) => fds[state.0 as usize].try_clone().unwrap().into(),
+                    None => std::fs::File::open(std::env::var(INHERITED).unwrap()).unwrap(),
+                });
                 cmdline.clone_from(&agent.cmdline);
                 // The descriptors of its disks stay open, the lock on the writable one too.
                 disks.extend(fds.drain(3..));
@@ -207,6 +222,37 @@ pub(crate) fn fake_vmm() {
         send(0, &Message::Response { id: request.id, result: Ok(reply) }, &[]);
     }
     std::process::exit(0);
+}
+
+/// Serves Fork: each VMM is this program again, with the agent as it was saved.
+fn zygote(control: &OwnedFd, saved: &[u8]) {
+    let state = std::env::temp_dir().join(format!("inherited-{}", control.as_raw_fd()));
+    std::fs::write(&state, saved).unwrap();
+    let socket = control.as_raw_fd();
+    while let Some((request, mut fds)) = receive(socket) {
+        let Call::Fork(config) = request.call else { panic!("{request:?}") };
+        if std::env::temp_dir().join(UNFORKABLE).exists() {
+            let message = "fork: a process: Cannot allocate memory".into();
+            let failure = Failure { code: FailureCode::HostUnfit, message };
+            send(socket, &Message::Response { id: request.id, result: Err(failure) }, &[]);
+            continue;
+        }
+        let log = fds.remove(config.log.0 as usize);
+        let control = fds.remove(config.control.0 as usize);
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "fake_vmm", "--nocapture"])
+            .env(INHERITED, &state)
+            .stdin(Stdio::from(control))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log))
+            .spawn()
+            .unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let reply = Reply::Forked { pid: child.id() };
+        send(socket, &Message::Response { id: request.id, result: Ok(reply) }, &[pidfd.as_raw_fd()]);
+        std::thread::spawn(move || child.wait().unwrap());
+    }
 }
 
 /// The agent's sign of life.
@@ -383,6 +429,15 @@ impl sandbox_ttrpc::Sandbox for Agent {
             tokio::task::spawn_blocking(|| std::fs::File::open(gate)).await.unwrap().unwrap();
         }
         Ok(sandbox::SetupResponse::new())
+    }
+
+    async fn identify(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::IdentifyRequest,
+    ) -> ttrpc::Result<sandbox::IdentifyResponse> {
+        assert!(self.is_restored && !request.hostname.is_empty());
+        Ok(sandbox::IdentifyResponse::new())
     }
 
     async fn info(&self, _: &TtrpcContext, _: sandbox::InfoRequest) -> ttrpc::Result<sandbox::InfoResponse> {

@@ -1,11 +1,11 @@
-//! `spore clone`: a snapshot of a container, and ordinary containers of containerd's that are made of it. All of them, or
+//! `spore clone`: a zygote of a container, or a snapshot, and ordinary containers of containerd's that are made of it. All of them, or
 //! none: what was made is taken back when one fails.
 
+pub(crate) mod origin;
 mod plan;
 
 use std::time::{Duration, Instant};
 
-use containerd_shim_spore::snapshot::{SnapshotId, Store};
 use serde_json::{Value, json};
 
 use crate::Global;
@@ -15,8 +15,7 @@ use crate::failure::Failure;
 use crate::progress::Work;
 use crate::remote::check_id;
 use crate::show::{self, nanoseconds};
-use crate::snapshot::create::{Wait, take};
-use crate::snapshot::discard;
+use origin::Origin;
 use plan::{Plan, Wishes};
 
 /// Clones that are made at a time.
@@ -47,19 +46,11 @@ pub(crate) struct Args {
     network_namespace: Option<String>,
 }
 
-/// What the clones begin with.
-struct Origin {
-    id: SnapshotId,
-    /// For how long the source stood still, and how long it took until the snapshot was written; nothing for a given one.
-    taken: Option<(Duration, Duration)>,
-}
-
 pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
     let begun = Instant::now();
     check_id(&args.source)?;
     let containerd = Containerd::connect(global).await?;
     let namespace = Namespace::new(&global.namespace)?;
-    let store = crate::snapshot::store()?;
     let record = containerd.container(&namespace, &args.source).await?;
     let names = names(&args, &containerd.ids(&namespace).await?)?;
     if names.len() > 1 && args.network_namespace.is_some() {
@@ -74,15 +65,13 @@ pub(crate) async fn run(global: &Global, args: Args) -> Result<u8, Failure> {
     };
     let plan = Plan::new(&global.namespace, record, wishes)?;
     let plan = plan.with_root(&containerd, &namespace).await?;
-    let origin = origin(global, &args, &store).await?;
+    let origin = Origin::find(global, &args.source, args.snapshot.as_deref()).await?;
     let maker = Maker { containerd: &containerd, namespace: &namespace, kind: "clone" };
-    let made = all(&maker, &plan, origin.id, &names).await;
-    if origin.taken.is_some() {
-        // They have what they need of it open, and disks of their own.
-        discard(&store, origin.id);
-    }
+    let made = all(&maker, &plan, &origin.named(), &names).await;
+    // They have what they need of it, and disks of their own.
+    origin.end(global, &args.source).await;
     let made = made?;
-    if let Some((stood, _)) = origin.taken {
+    if let Origin::Zygote { stood, .. } = &origin {
         eprintln!("spore: {} stood still for {:.1} ms", args.source, stood.as_secs_f64() * 1e3);
     }
     match global.json {
@@ -116,40 +105,10 @@ fn names(args: &Args, taken: &[String]) -> Result<Vec<String>, Failure> {
     Ok(args.names.clone())
 }
 
-async fn origin(global: &Global, args: &Args, store: &Store) -> Result<Origin, Failure> {
-    if let Some(wanted) = &args.snapshot {
-        let id = store.find(wanted)?;
-        let opened = store.open(id)?;
-        let (container, namespace) = (&opened.manifest.container, &opened.manifest.namespace);
-        if (container, namespace) != (&args.source, &global.namespace) {
-            return Err(Failure::Refused(format!(
-                "snapshot {id}: it is of container \"{}\" in namespace \"{}\", not of \"{}\"; clone that one, or create a container with the annotation {}",
-                show::name(container.as_bytes()),
-                show::name(namespace.as_bytes()),
-                args.source,
-                containerd_shim_spore::CLONE_FROM
-            )));
-        }
-        return Ok(Origin { id, taken: None });
-    }
-    let begun = Instant::now();
-    let answer = take(global, &args.source, Wait::Durable, true).await?;
-    let id = answer.snapshot.parse().map_err(|_| Failure::Container {
-        id: args.source.clone(),
-        detail: "its shim names a snapshot that has no id".into(),
-    })?;
-    Ok(Origin { id, taken: Some((Duration::from_nanos(answer.stood_ns), begun.elapsed())) })
-}
-
 /// Makes them, some at a time; after a failure, or when somebody interrupts, no more are begun and all go again.
-async fn all(
-    maker: &Maker<'_>,
-    plan: &Plan,
-    snapshot: SnapshotId,
-    names: &[String],
-) -> Result<Vec<Made>, Failure> {
+async fn all(maker: &Maker<'_>, plan: &Plan, origin: &str, names: &[String]) -> Result<Vec<Made>, Failure> {
     let mut work = Work::begin()?;
-    let jobs = names.iter().map(|name| maker.make(plan.recipe(name, snapshot)));
+    let jobs = names.iter().map(|name| maker.make(plan.recipe(name, origin)));
     let line = |done| format!("{done} of {} clones", names.len());
     let (done, interrupted) = work.several(AT_ONCE, jobs, |(_, outcome)| outcome.is_ok(), line).await;
     work.finish();
@@ -180,13 +139,17 @@ fn as_json(origin: &Origin, made: &[Made], wall: Duration) -> Value {
         clone.insert("pid".into(), json!(made.pid));
         Value::Object(clone)
     });
-    json!({
-        "snapshot": origin.id,
-        "stood_ns": origin.taken.map(|(stood, _)| nanoseconds(stood)),
-        "snapshot_ns": origin.taken.map(|(_, written)| nanoseconds(written)),
-        "clones": clones.collect::<Value>(),
-        "wall_ns": nanoseconds(wall),
-    })
+    let clones = clones.collect::<Value>();
+    let wall = nanoseconds(wall);
+    match origin {
+        Origin::Snapshot(id) => json!({ "snapshot": id, "clones": clones, "wall_ns": wall }),
+        Origin::Zygote { stood, took, .. } => json!({
+            "stood_ns": nanoseconds(*stood),
+            "zygote_ns": nanoseconds(*took),
+            "clones": clones,
+            "wall_ns": wall,
+        }),
+    }
 }
 
 #[cfg(test)]

@@ -65,7 +65,7 @@ impl Container {
         let fixed = lower.iter().map(|(serial, image)| ImageDisk { serial, top: image.file(), below: &[] });
         let writable = ImageDisk { serial: &restored.writable.0, top: &disk.top, below: &disk.below };
         let image = SavedImage {
-            state: &restored.state,
+            state: restored.state.as_ref(),
             layers: restored.memory.iter().map(|(id, file)| (id.clone(), file)).collect(),
             disks: fixed.chain([writable]).collect(),
         };

@@ -159,8 +159,12 @@ impl Layers {
         Ok(layers)
     }
 
-    /// An adopted disk is about to be written to by its task: from now on it stays when that ends.
+    /// An adopted disk is about to be written to by its task: from now on it stays when that ends. What its guest flushes stands on
+    /// layers that another machine may have written a moment ago.
     pub(crate) fn keep(&self) -> Result<(), RootfsError> {
+        for (file, name) in self.files()?.iter().zip(&self.names) {
+            file.sync_data().map_err(host("write back", &self.dir.join(name)))?;
+        }
         restoring::done(&self.dir)
     }
 

@@ -14,7 +14,7 @@ pub(crate) enum Operation {
     Snapshot,
     /// A container that begins with a snapshot taken before, until Start has answered
     Restore,
-    /// What `spore clone` does: a snapshot of a container that runs, and a container that begins with it
+    /// What `spore clone` does: a zygote of a container that runs, and a container that is forked off it
     Clone,
     /// A container that runs goes back to a snapshot taken before, until it runs again
     Rollback,

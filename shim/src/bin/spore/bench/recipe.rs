@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use containerd_client::services::v1::Container;
 use containerd_client::services::v1::container::Runtime;
-use containerd_shim_spore::snapshot::SnapshotId;
 use containerd_shim_spore::{CLONE_FROM, RUNTIME};
 use oci_spec::runtime::{Process, Spec};
 
@@ -33,23 +32,18 @@ impl Recipes {
         Self { image, namespace: namespace.into(), process }
     }
 
-    /// A container that begins with a snapshot, or as any other. What `passes` is not told to its next task, as `spore clone` does.
-    pub(super) fn recipe(
-        &self,
-        name: &str,
-        snapshot: Option<SnapshotId>,
-        passes: bool,
-    ) -> Result<Recipe, Failure> {
+    /// A container that begins with a snapshot or off a zygote, or as any other. What `passes` is not told to its next task, as `spore clone` does.
+    pub(super) fn recipe(&self, name: &str, origin: Option<&str>, passes: bool) -> Result<Recipe, Failure> {
         Ok(Recipe {
-            record: self.record(name, snapshot)?,
+            record: self.record(name, origin)?,
             afterwards: if passes { Some(self.record(name, None)?) } else { None },
             root: Root { parent: self.image.parent.clone(), view: false },
             ..Recipe::default()
         })
     }
 
-    fn record(&self, name: &str, snapshot: Option<SnapshotId>) -> Result<Container, Failure> {
-        let spec = encoded(&self.spec(name, snapshot))?;
+    fn record(&self, name: &str, origin: Option<&str>) -> Result<Container, Failure> {
+        let spec = encoded(&self.spec(name, origin))?;
         Ok(Container {
             id: name.into(),
             labels: [(LABEL.0.into(), LABEL.1.into())].into(),
@@ -62,10 +56,10 @@ impl Recipes {
         })
     }
 
-    fn spec(&self, name: &str, snapshot: Option<SnapshotId>) -> Spec {
+    fn spec(&self, name: &str, origin: Option<&str>) -> Spec {
         let mut spec = Spec::default();
         spec.set_process(Some(self.process.clone())).set_hostname(Some(name.into()));
-        let annotation = snapshot.map(|id| (CLONE_FROM.to_owned(), id.to_string()));
+        let annotation = origin.map(|origin| (CLONE_FROM.to_owned(), origin.to_owned()));
         spec.set_annotations(annotation.map(|annotation| HashMap::from([annotation])));
         if let Some(root) = spec.root_mut() {
             root.set_readonly(Some(false));
@@ -128,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_container_is_the_images_and_is_called_by_its_name() {
-        let id: SnapshotId = "0123456789abcdef0123456789abcdef".parse().unwrap();
+        let id = "0123456789abcdef0123456789abcdef";
         let recipe = recipes(image::Process::default()).recipe("b-1", Some(id), true).unwrap();
         let record = &recipe.record;
         assert_eq!((record.id.as_str(), record.snapshot_key.as_str()), ("b-1", "b-1"));
@@ -139,7 +133,7 @@ mod tests {
             (&spec["hostname"], &spec["linux"]["cgroupsPath"]),
             (&"b-1".into(), &"/default/b-1".into())
         );
-        assert_eq!(spec["annotations"][CLONE_FROM], id.to_string());
+        assert_eq!(spec["annotations"][CLONE_FROM], id);
         assert_eq!(spec["process"]["args"], serde_json::json!(["sleep", "9"]));
         assert_eq!(spec["root"]["readonly"], false);
         let networks = spec["linux"]["namespaces"].as_array().unwrap().iter();

@@ -12,6 +12,7 @@ use super::figures::{Row, Tally};
 use super::operation::Operation;
 use super::recipe::Recipes;
 use crate::Global;
+use crate::clone::origin;
 use crate::create::{Made, Maker};
 use crate::exec::PROCESS_TYPE;
 use crate::failure::{Failure, of_containerd};
@@ -46,6 +47,7 @@ struct Things {
     made: Option<Made>,
     snapshot: Option<SnapshotId>,
     /// Of a container.
+    zygote: Option<(String, String)>,
     exec: Option<(String, String)>,
 }
 
@@ -203,10 +205,13 @@ impl Stage<'_> {
             (Operation::Create, ..) => self.make(None, false, things).await.map(drop),
             (Operation::Exec, Some(container), _) => self.exec(container, things).await,
             (Operation::Snapshot, Some(container), _) => self.snapshot(container, things).await.map(drop),
-            (Operation::Restore, _, Some(from)) => self.make(Some(from), false, things).await.map(drop),
+            (Operation::Restore, _, Some(from)) => {
+                self.make(Some(from.to_string()), false, things).await.map(drop)
+            }
             (Operation::Clone, Some(container), _) => {
-                let from = self.snapshot(container, things).await?;
-                self.make(Some(from), true, things).await.map(drop)
+                let zygote = origin::ask(self.global, container).await?.zygote;
+                things.zygote = Some((container.to_owned(), zygote.clone()));
+                self.make(Some(zygote), true, things).await.map(drop)
             }
             (Operation::Hibernate, Some(container), _) => {
                 hibernate::ask(self.global, container).await.map(drop)
@@ -220,14 +225,9 @@ impl Stage<'_> {
     }
 
     /// Gives its name.
-    async fn make(
-        &self,
-        from: Option<SnapshotId>,
-        passes: bool,
-        things: &mut Things,
-    ) -> Result<String, Failure> {
+    async fn make(&self, from: Option<String>, passes: bool, things: &mut Things) -> Result<String, Failure> {
         let name = self.names.next();
-        let recipe = self.recipes.recipe(&name, from, passes)?;
+        let recipe = self.recipes.recipe(&name, from.as_deref(), passes)?;
         let (made, outcome) = self.maker.make(recipe).await;
         things.made = Some(made);
         outcome.map(|()| name)
@@ -299,6 +299,9 @@ impl Stage<'_> {
         }
         if let Some(made) = things.made {
             failures.extend(self.maker.undo(&made).await);
+        }
+        if let Some((container, zygote)) = things.zygote {
+            failures.extend(origin::end(self.global, &container, &zygote).await.err());
         }
         if let Some(id) = things.snapshot {
             let store = self.store.clone();

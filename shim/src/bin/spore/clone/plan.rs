@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::Container;
 use containerd_client::services::v1::snapshots::{Kind, StatSnapshotRequest};
-use containerd_shim_spore::snapshot::SnapshotId;
 use containerd_shim_spore::{CLONE_FROM, is_writable_bind};
 use serde_json::{Value, json};
 
@@ -111,9 +110,9 @@ impl Plan {
     }
 
     /// One of them, by its name, and what it begins as.
-    pub(super) fn recipe(&self, name: &str, snapshot: SnapshotId) -> Recipe {
+    pub(super) fn recipe(&self, name: &str, origin: &str) -> Recipe {
         Recipe {
-            record: self.record(name, Some(&snapshot.to_string())),
+            record: self.record(name, Some(origin)),
             // The next task of this container is not a clone but begins with what this one leaves on its disk.
             afterwards: Some(self.record(name, None)),
             root: self.root.clone(),
@@ -122,11 +121,11 @@ impl Plan {
         }
     }
 
-    /// The container's record. With a snapshot it begins as that, without one as any other container.
-    fn record(&self, name: &str, snapshot: Option<&str>) -> Container {
+    /// The container's record. With an origin it begins as that, without one as any other container.
+    fn record(&self, name: &str, origin: Option<&str>) -> Container {
         let spec = self.source.spec.as_ref().map(|spec| prost_types::Any {
             type_url: spec.type_url.clone(),
-            value: self.spec(name, snapshot).to_string().into_bytes(),
+            value: self.spec(name, origin).to_string().into_bytes(),
         });
         let mut labels: HashMap<_, _> = self.source.labels.clone();
         labels.insert(CLONE_OF.into(), self.source.id.clone());
@@ -141,7 +140,7 @@ impl Plan {
         }
     }
 
-    fn spec(&self, name: &str, snapshot: Option<&str>) -> Value {
+    fn spec(&self, name: &str, origin: Option<&str>) -> Value {
         let mut spec = self.spec.clone();
         let Some(object) = spec.as_object_mut() else { return spec };
         // Whatever the source is called: two machines of one name are what a clone is not.
@@ -149,8 +148,8 @@ impl Plan {
         let annotations = object.entry("annotations").or_insert_with(|| json!({}));
         if let Some(annotations) = annotations.as_object_mut() {
             annotations.remove(CLONE_FROM);
-            if let Some(id) = snapshot {
-                annotations.insert(CLONE_FROM.into(), json!(id));
+            if let Some(origin) = origin {
+                annotations.insert(CLONE_FROM.into(), json!(origin));
             }
         }
         let linux = object.get_mut("linux").and_then(Value::as_object_mut);
