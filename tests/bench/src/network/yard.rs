@@ -68,6 +68,7 @@ impl Member {
         space.within(|| Ok(fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1")?))?;
         space.ip(&format!("addr add {address}/24 dev eth0"))?;
         space.ip("link set eth0 up")?;
+        space.ip("link set lo up")?;
         let peer = Peer { from: yard.host.path(), address: (address, PORT).into() };
         Ok(Self { id: id.to_owned(), space, peer, vmm: None })
     }
