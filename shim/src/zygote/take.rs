@@ -94,3 +94,105 @@ fn restored(described: Described, fds: Vec<OwnedFd>) -> io::Result<Restored> {
     let (state, identity, zygote) = (None, None, None);
     Ok(Restored { remembered, vcpus, state, zygote, memory, lower, writable, volumes, identity })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use std::os::fd::AsFd;
+
+    use nix::sys::socket::socketpair;
+
+    use super::*;
+    use crate::packets;
+    use crate::zygote::Lower;
+
+    /// Of one memory layer, a disk and two layers of the writable one.
+    fn described() -> Described {
+        Described {
+            version: VERSION,
+            vcpus: 1,
+            labels: Remembered { guest_id: "init".into(), terminal: false, memory_mib: 256 }.labels(),
+            memory: vec!["base".into()],
+            lower: vec![Lower { serial: "image".into(), sha256: None }],
+            writable: ("writable".into(), 2),
+            volumes: None,
+        }
+    }
+
+    /// So many files, each with its number in it and read to its end.
+    fn files(count: usize) -> Vec<OwnedFd> {
+        let file = |number: usize| {
+            let mut file = tempfile::tempfile().unwrap();
+            write!(file, "{number}").unwrap();
+            file.into()
+        };
+        (0..count).map(file).collect()
+    }
+
+    fn refused(described: Described, count: usize) -> String {
+        let error = restored(described, files(count)).map(drop).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        error.to_string()
+    }
+
+    fn text(file: &File) -> String {
+        let mut text = String::new();
+        let mut file = file;
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn each_file_is_of_its_part_and_has_a_place_of_its_own_to_read_at() {
+        let fds = files(4);
+        let kept: Vec<File> = fds.iter().map(|fd| fd.as_fd().try_clone_to_owned().unwrap().into()).collect();
+        let restored = restored(described(), fds).unwrap();
+        assert_eq!(text(&restored.memory[0].1), "0");
+        assert_eq!(restored.lower[0].0, "image");
+        assert_eq!(restored.writable.1.iter().map(text).collect::<Vec<_>>(), ["2", "3"]);
+        for mut file in kept {
+            assert_eq!(file.seek(SeekFrom::Current(0)).unwrap(), 1);
+        }
+    }
+
+    #[test]
+    fn a_machine_of_another_version_is_refused() {
+        let refused = refused(Described { version: VERSION + 1, ..described() }, 4);
+        assert!(refused.contains("of another version (it speaks 2, this one 1)"), "{refused}");
+    }
+
+    #[test]
+    fn files_that_are_not_those_described_are_refused() {
+        for count in [0, 3, 5] {
+            assert_eq!(refused(described(), count), "its files are not those that it describes");
+        }
+        // The sum of which is that of four files, if one lets it overflow.
+        let writable = ("writable".into(), usize::MAX);
+        let more = Described { writable, memory: vec![String::new(); 4], ..described() };
+        assert_eq!(refused(more, 4), "its files are not those that it describes");
+    }
+
+    #[test]
+    fn what_is_no_machine_of_a_container_is_refused() {
+        let refused = |described| refused(described, 4);
+        assert_eq!(refused(Described { vcpus: 0, ..described() }), "it is no container's machine");
+        assert_eq!(refused(Described { labels: [].into(), ..described() }), "it is no container's machine");
+        for (memory_mib, guest_id) in [(0, "init"), (u64::MAX, "init"), (256, "")] {
+            let labels = Remembered { guest_id: guest_id.into(), terminal: false, memory_mib }.labels();
+            assert_eq!(refused(Described { labels, ..described() }), "it is no container's machine");
+        }
+    }
+
+    #[test]
+    fn a_packet_that_describes_nothing_is_an_error() {
+        let whole = serde_json::to_string(&described()).unwrap();
+        let unknown = whole.replacen('{', r#"{"more":1,"#, 1);
+        let negative = whole.replacen(r#""vcpus":1"#, r#""vcpus":-1"#, 1);
+        for packet in [&whole[..whole.len() - 1], &unknown, &negative, "\0", "null"] {
+            let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+            let (here, there) = pair.unwrap();
+            packets::send(there.as_raw_fd(), packet.as_bytes(), &[]).unwrap();
+            assert!(receive::<Described>(&here).is_err(), "{packet}");
+        }
+    }
+}
